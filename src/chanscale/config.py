@@ -1,0 +1,135 @@
+"""Every knob of a run, documented once, next to its default.
+
+The Python API takes a `FitConfig`; the command line makes one option of each field; a run folder
+holds the complete one as `config.yaml`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chanscale.errors import ConfigError
+
+CostKind = Literal["parameters", "macs"]
+Penalty = Literal["proximal", "gradient"]
+Weighting = Literal["uniform", "parameters", "macs"]
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
+class FitConfig(BaseModel):
+    """What `scale_and_select` does, whole and validated; frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # --- images
+    image_size: int = Field(112, ge=32, le=2048, description="Side of the square the network sees, in pixels.")
+    group_pattern: str | None = Field(
+        None,
+        description="Regular expression on the file name; its first group (or whole match) names the patient. "
+        "Images of one patient stay on one side of the split.",
+    )
+    positive: str | None = Field(
+        None, description="Class that counts as positive when there are two; default: the last in order."
+    )
+    validation: float = Field(0.15, gt=0, lt=1, description="Share of the images that chooses the best epoch.")
+    test: float = Field(0.2, ge=0, lt=1, description="Share of the images kept for the final figures; 0: none.")
+    skip_bad: bool = Field(False, description="Leave unreadable images out, and count them, instead of stopping.")
+    augment: bool = Field(True, description="Rotate, shift, zoom, mirror and change the contrast of training images.")
+    workers: int = Field(2, ge=0, description="Threads or processes that decode images.")
+    cache_gib: float | None = Field(
+        None, ge=0, description="Memory for decoded images, in GiB; default: a quarter of what is free."
+    )
+
+    # --- network
+    backbone: str = Field("vgg16", description="Pretrained network; see `chanscale weights list`.")
+    weights: Path | None = Field(
+        None, description="File with the pretrained weights; default: the cache, then the sources."
+    )
+
+    # --- what is to be left
+    budget: float = Field(
+        0.95, gt=0, lt=1, description="Share of the trunk's parameters (or MACs) to remove; met exactly."
+    )
+    budget_of: CostKind = Field("parameters", description="What the budget counts.")
+    tolerance: float | None = Field(
+        None,
+        ge=0,
+        lt=0.5,
+        description="Instead of stopping at the budget, go on halving what is left while the validation AUC "
+        "stays within this of the best, and keep the smallest network that does.",
+    )
+    min_channels: int = Field(1, ge=1, description="Least number of channels that a layer keeps.")
+    round_to: int = Field(
+        16, ge=1, description="Round kept widths up to a multiple of this, which a CPU computes faster; 1: do not."
+    )
+    round_last: bool = Field(False, description="Round the layer in front of the head as well.")
+
+    # --- how scales are trained
+    penalty: Penalty = Field(
+        "proximal", description="How L1 acts: soft-thresholding after each step, or a gradient as in the paper."
+    )
+    weigh_by: Weighting = Field(
+        "uniform", description="Make channels pay the same, or by the parameters or MACs that they hold."
+    )
+    threshold: float = Field(
+        0.0, ge=0, lt=1, description="Channels whose scale is at most this are removed; at 0 every removal is exact."
+    )
+    scale_epochs: int = Field(10, ge=1, description="Epochs in which the scales shrink to the budget.")
+    refine_epochs: int = Field(15, ge=0, description="Epochs without the penalty, after the last removal.")
+    pressure: float = Field(
+        0.4,
+        gt=0,
+        lt=2,
+        description="Shrinkage per batch, as a share of the learning rate: a channel stays if its gradient "
+        "agrees with itself more than this. Learning rate and penalty follow from it and from the budget.",
+    )
+    head_lr: float = Field(1e-2, gt=0, description="Learning rate of the head.")
+    refine_lr: float = Field(3e-3, gt=0, description="Learning rate of the scales in refinement, at its start.")
+    head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
+    batch_size: int = Field(20, ge=2, description="Images in a step.")
+    micro_batch: int = Field(
+        5, ge=1, description="Images computed at a time, gradients summed: same result, less memory."
+    )
+
+    # --- machine
+    seed: int = Field(0, ge=0, description="Fixes the split, the order of images, the augmentation, all.")
+    precision: Precision = Field("auto", description="bf16-mixed where the processor has it, else fp32.")
+    device: str = Field("auto", description="auto, cpu, cuda or mps.")
+
+    @model_validator(mode="after")
+    def _shares_leave_training_images(self) -> Self:
+        if self.validation + self.test >= 0.9:
+            raise ValueError("validation + test must be below 0.9, or nothing is left to train on")
+        return self
+
+    @classmethod
+    def build(cls, options: dict[str, Any]) -> Self:
+        """Validate `options`. Raises ConfigError, in one line that names the option."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_describe(detail) for detail in error.errors())) from error
+
+    @classmethod
+    def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> Self:
+        """Read a YAML file, then apply `overrides`. Raises ConfigError."""
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(options, dict):
+            raise ConfigError(f"{path} must hold `option: value` lines, got a {type(options).__name__}")
+        return cls.build(options | (overrides or {}))
+
+    def to_yaml(self) -> str:
+        """Return the complete configuration; `read` takes it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _describe(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    got = f" Got {where}={detail['input']!r}." if where else ""
+    return f"{where + ': ' if where else ''}{detail['msg']}.{got}"
+

@@ -1,0 +1,75 @@
+"""Every error that chanscale raises on purpose.
+
+ChanscaleError
+├── ConfigError                 an option is wrong, or two contradict each other
+├── DataError                   the images, their labels or their table are not usable
+│   ├── UnreadableImageError    one image cannot be decoded, or has the wrong channels
+│   └── SplitError              no honest split exists, or a group stands on two sides
+├── WeightsError                pretrained weights are not to be had
+│   └── DigestError             weights were found, but are not the published ones
+├── ModelError                  the network cannot be scaled or pruned
+│   ├── UnsupportedTopologyError
+│   ├── EmptySelectionError     a selection would remove nothing, or all of a layer
+│   └── InexactRemovalError     the pruned network differs from the masked one
+├── BudgetError                 the budget cannot be met on this network
+├── TrainingError               training broke down (a loss that is not finite)
+└── ArtifactError               a run folder or a model file is missing, foreign or damaged
+
+The command line catches ChanscaleError once, prints its one line and exits with 2.
+"""
+
+
+class ChanscaleError(Exception):
+    """Root of all errors; its message is one line that says what to do."""
+
+
+class ConfigError(ChanscaleError):
+    """An option is wrong, or two options contradict each other."""
+
+
+class DataError(ChanscaleError):
+    """The images, their labels or their table are not usable."""
+
+
+class UnreadableImageError(DataError):
+    """One image cannot be decoded, or has the wrong number of channels."""
+
+
+class SplitError(DataError):
+    """No honest split exists, or a group stands on two sides of one."""
+
+
+class WeightsError(ChanscaleError):
+    """Pretrained weights are not to be had."""
+
+
+class DigestError(WeightsError):
+    """Weights were found, but they are not the published ones."""
+
+
+class ModelError(ChanscaleError):
+    """The network cannot be scaled or pruned."""
+
+
+class UnsupportedTopologyError(ModelError):
+    """The network is not one whose channels this version can trace."""
+
+
+class EmptySelectionError(ModelError):
+    """A selection would remove nothing although something was asked for, or all of a layer."""
+
+
+class InexactRemovalError(ModelError):
+    """The pruned network differs from the masked one."""
+
+
+class BudgetError(ChanscaleError):
+    """The budget cannot be met on this network."""
+
+
+class TrainingError(ChanscaleError):
+    """Training broke down."""
+
+
+class ArtifactError(ChanscaleError):
+    """A run folder or a model file is missing, foreign or damaged."""

