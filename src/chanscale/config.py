@@ -15,6 +15,7 @@ from chanscale.errors import ConfigError
 CostKind = Literal["parameters", "macs"]
 Penalty = Literal["proximal", "gradient"]
 Weighting = Literal["uniform", "parameters", "macs"]
+FixedPrecision = Literal["32-true", "bf16-mixed"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 
 
@@ -90,7 +91,7 @@ class FitConfig(BaseModel):
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
-        5, ge=1, description="Images computed at a time, gradients summed: same result, less memory."
+        10, ge=2, description="Images computed at a time, their gradients summed: less memory for the same step."
     )
 
     # --- machine

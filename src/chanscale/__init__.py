@@ -1,0 +1,85 @@
+"""Scale-and-select transfer learning: from a large pretrained CNN to a small, exact, explainable classifier.
+
+Research software: no output of it is a diagnosis.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Torch takes a second to import: a name is loaded when it is first asked for.
+_HOMES = {
+    "BACKBONES": "backbones",
+    "ChannelGroup": "channels",
+    "ChannelScale": "scaling",
+    "ChannelSelection": "selection",
+    "ChanscaleError": "errors",
+    "Classifier": "classifier",
+    "FitConfig": "config",
+    "attach_scales": "attaching",
+    "channel_groups": "channels",
+    "evaluate": "evaluation",
+    "fit": "training",
+    "load_backbone": "backbones",
+    "load_model": "artifact",
+    "merge_scales": "attaching",
+    "open_images": "data.sources",
+    "prune_channels": "pruning",
+    "save_model": "artifact",
+    "scale_and_select": "pipeline",
+    "select_channels": "selection",
+    "soft_threshold": "scaling",
+    "write_phantoms": "data.phantoms",
+}
+
+__all__ = [
+    "BACKBONES",
+    "ChannelGroup",
+    "ChannelScale",
+    "ChannelSelection",
+    "ChanscaleError",
+    "Classifier",
+    "FitConfig",
+    "attach_scales",
+    "channel_groups",
+    "evaluate",
+    "fit",
+    "load_backbone",
+    "load_model",
+    "merge_scales",
+    "open_images",
+    "prune_channels",
+    "save_model",
+    "scale_and_select",
+    "select_channels",
+    "soft_threshold",
+    "write_phantoms",
+]
+
+if TYPE_CHECKING:
+    from chanscale.artifact import load_model, save_model
+    from chanscale.attaching import attach_scales, merge_scales
+    from chanscale.backbones import BACKBONES, load_backbone
+    from chanscale.channels import ChannelGroup, channel_groups
+    from chanscale.classifier import Classifier
+    from chanscale.config import FitConfig
+    from chanscale.data.phantoms import write_phantoms
+    from chanscale.data.sources import open_images
+    from chanscale.errors import ChanscaleError
+    from chanscale.evaluation import evaluate
+    from chanscale.pipeline import scale_and_select
+    from chanscale.pruning import prune_channels
+    from chanscale.scaling import ChannelScale, soft_threshold
+    from chanscale.selection import ChannelSelection, select_channels
+    from chanscale.training import fit
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'chanscale' has no attribute {name!r}")
+    return getattr(import_module(f"chanscale.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,94 @@
+"""Save a run after each epoch, and read it back to go on as if nothing had happened."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from chanscale.artifact import ModelInfo, rebuild
+from chanscale.classifier import Classifier, to_channels_last
+from chanscale.config import FitConfig
+from chanscale.errors import ArtifactError
+from chanscale.files import write_atomically
+from chanscale.state import Best, TrainingState, make_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_checkpoint(state: TrainingState, info: ModelInfo, notes: Mapping[str, Any], path: Path) -> None:
+    """Write all of `state` to one safetensors file.
+
+    `info` says how to rebuild its models; `notes` is what else the caller wants back, as plain values.
+    """
+    tensors = _prefixed("model", state.model.state_dict())
+    for index, parameter in enumerate(_parameters(state.optimizer)):
+        for key in MOMENTS:
+            tensors[f"moments.{index}.{key}"] = state.optimizer.state[parameter][key].detach()
+    story: dict[str, Any] = {
+        "epoch": state.epoch, "scale_lr": state.scale_lr, "history": state.history, "kept": _lists(state.kept),
+    }  # fmt: skip
+    for name, best in (("candidate", state.candidate), ("best", state.best)):
+        if best is not None:
+            tensors |= _prefixed(name, best.model.state_dict())
+            story[name] = {"kept": _lists(best.kept), "row": best.row}
+    metadata = {"info": json.dumps(asdict(info)), "story": json.dumps(story), "notes": json.dumps(dict(notes))}
+    write_atomically(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
+
+
+def load_checkpoint(
+    path: Path, config: FitConfig, *, trunk: nn.Module | None = None
+) -> tuple[TrainingState, dict[str, Any]]:
+    """Return the state and the notes that were saved. Raises ArtifactError for a missing or damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        info, story, notes = (json.loads(metadata[key]) for key in ("info", "story", "notes"))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ArtifactError(f"cannot resume from {path} ({error}); delete its folder and fit again") from error
+    model = _restore("model", story["kept"], info, tensors, trunk)
+    optimizer = make_optimizer(model, config)
+    for index, parameter in enumerate(_parameters(optimizer)):
+        optimizer.state[parameter] = {key: tensors[f"moments.{index}.{key}"] for key in MOMENTS}
+    found = {
+        name: Best(_restore(name, story[name]["kept"], info, tensors, trunk), _tensors(story[name]["kept"]), story[name]["row"])
+        for name in ("candidate", "best")
+        if name in story
+    }
+    state = TrainingState(
+        model=model, optimizer=optimizer, kept=_tensors(story["kept"]), epoch=story["epoch"],
+        scale_lr=story["scale_lr"], history=story["history"], **found,
+    )  # fmt: skip
+    return state, notes
+
+
+def _restore(
+    name: str, kept: dict[str, list[int]], info: dict[str, Any], tensors: dict[str, Tensor], trunk: nn.Module | None
+) -> Classifier:
+    model = rebuild(ModelInfo(**{**info, "kept": kept}), trunk=trunk)
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    model.load_state_dict(state, assign=True)
+    return to_channels_last(model)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def _lists(kept: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: indices.tolist() for name, indices in kept.items()}
+
+
+def _tensors(kept: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(indices) for name, indices in kept.items()}

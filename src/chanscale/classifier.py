@@ -1,0 +1,58 @@
+"""The network as a whole: pixels in, logits out."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chanscale.errors import ConfigError
+from chanscale.heads import PooledHead
+
+
+class Classifier(nn.Module):
+    """Preprocessing, a convolutional trunk, and a head, for a list of classes.
+
+    Input: (N, 1 or 3, H, W), pixels in [0, 1]. Output: logits, (N, 1) for two classes (that of the second,
+    the positive one) and (N, K) for K > 2.
+    """
+
+    def __init__(self, preprocessing: nn.Module, trunk: nn.Module, *, channels: int, classes: Sequence[str]) -> None:
+        super().__init__()
+        if len(classes) < 2:
+            raise ConfigError(f"a classifier needs at least two classes. Got {list(classes)} instead.")
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.trunk = trunk
+        self.head = PooledHead(channels, 1 if len(classes) == 2 else len(classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits in fp32."""
+        return cast(Tensor, self.head(self.feature_map(images)))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Return the trunk's last feature map, (N, C, h, w)."""
+        return cast(Tensor, self.trunk(self.preprocessing(images)))
+
+
+def to_channels_last(model: Classifier) -> Classifier:
+    """Lay the weights of `model` out, in place, as convolution kernels want them; return it."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image, (N,), from the logits of a `Classifier` and class indices (N,)."""
+    if logits.shape[1] > 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Return (N, K) class probabilities from the logits of a `Classifier`, in fp32."""
+    logits = logits.float()
+    if logits.shape[1] > 1:
+        return logits.softmax(1)
+    positive = logits.sigmoid()
+    return torch.cat([1 - positive, positive], 1)

@@ -1,0 +1,105 @@
+"""What channels cost: parameters and multiply-accumulates of the convolutions, as a function of the widths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from chanscale.channels import ChannelGroup
+
+Widths = Mapping[str, int]
+"""Channels kept in each group, by the group's name."""
+
+
+@dataclass(frozen=True)
+class ConvCost:
+    """One convolution: `taps` weights join each input channel to each output channel.
+
+    `source` is the group that feeds it (none: the image), `outputs` its own width where that is fixed.
+    """
+
+    name: str
+    source: str | None
+    inputs: int
+    outputs: int
+    taps: int
+    bias: bool
+    positions: int
+
+    def parameters(self, widths: Widths) -> int:
+        """Weights and biases left at `widths`."""
+        inputs = widths.get(self.source or "", self.inputs)
+        outputs = widths.get(self.name, self.outputs)
+        return inputs * outputs * self.taps + outputs * self.bias
+
+    def macs(self, widths: Widths) -> int:
+        """Multiply-accumulates for one image at `widths`."""
+        inputs = widths.get(self.source or "", self.inputs)
+        return inputs * widths.get(self.name, self.outputs) * self.taps * self.positions
+
+
+@dataclass(frozen=True)
+class TrunkCost:
+    """The convolutions of a network, costed together."""
+
+    convolutions: tuple[ConvCost, ...]
+
+    def parameters(self, widths: Widths | None = None) -> int:
+        """Weights and biases of all convolutions at `widths`; a group not named there is whole."""
+        return sum(conv.parameters(widths or {}) for conv in self.convolutions)
+
+    def macs(self, widths: Widths | None = None) -> int:
+        """Multiply-accumulates for one image, of all convolutions, at `widths`."""
+        return sum(conv.macs(widths or {}) for conv in self.convolutions)
+
+    def of(self, what: str, widths: Widths | None = None) -> int:
+        """`parameters` or `macs`, by name."""
+        return self.macs(widths) if what == "macs" else self.parameters(widths)
+
+    def per_channel(self, what: str, widths: Widths) -> dict[str, int]:
+        """What the removal of one more channel of each group saves, at `widths`."""
+        whole = self.of(what, widths)
+        return {name: whole - self.of(what, {**widths, name: width - 1}) for name, width in widths.items()}
+
+
+def trunk_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Tensor) -> TrunkCost:
+    """Cost the convolutions of `model`, whose output sizes are measured on `example` (N, C, H, W)."""
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    positions = _output_positions(model, convolutions, example)
+    sources = {consumer: group.name for group in groups for consumer in group.consumers}
+    return TrunkCost(
+        tuple(
+            ConvCost(
+                name=name,
+                source=sources.get(name),
+                inputs=conv.in_channels,
+                outputs=conv.out_channels,
+                taps=conv.kernel_size[0] * conv.kernel_size[1],
+                bias=conv.bias is not None,
+                positions=positions[name],
+            )
+            for name, conv in convolutions.items()
+        )
+    )
+
+
+def _output_positions(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> dict[str, int]:
+    positions: dict[str, int] = {}
+
+    def record(name: str) -> object:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            positions[name] = output[0, 0].numel()
+
+        return layers[name].register_forward_hook(hook)
+
+    hooks = [record(name) for name in layers]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()  # type: ignore[attr-defined]
+    return positions

@@ -1,0 +1,149 @@
+"""A folder per class, a CSV table or a MedMNIST `.npz` file, read into rows of one kind."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chanscale.data.images import IMAGE_SUFFIXES
+from chanscale.errors import DataError
+
+Side = Literal["train", "validation", "test"]
+SPLIT_WORDS: dict[str, Side] = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+}
+_SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image as its source has it: the label and the patient in words, nothing checked across rows."""
+
+    name: str
+    label: str
+    group: str | None = None
+    split: Side | None = None
+    path: Path | None = None
+    pixels: NDArray[np.generic] | None = None
+
+
+def read_rows(source: Path) -> list[Row]:
+    """Read the rows of a folder, a `.csv` or a `.npz`, as `open_images` documents them. Raises DataError."""
+    if source.is_dir():
+        try:
+            return _read_folder(source)
+        except OSError as error:
+            raise DataError(f"cannot list the folder {source}: {error}") from error
+    if not source.exists():
+        raise DataError(
+            f"{source} does not exist; wanted a folder of class folders, a .csv table or a .npz file."
+        )
+    if source.suffix.lower() == ".csv":
+        return _read_table(source)
+    if source.suffix.lower() == ".npz":
+        return _read_npz(source)
+    raise DataError(f"wanted a folder of class folders, a .csv table or a .npz file, got {source}.")
+
+
+def _read_folder(root: Path) -> list[Row]:
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    if not folders:
+        raise DataError(
+            f"wanted a folder of images for each class in {root}, got no folder. Sort the images so."
+        )
+    files = {folder: _list_images(folder) for folder in folders}
+    empty = [folder.name for folder, images in files.items() if not images]
+    if empty:
+        raise DataError(
+            f"{root} has no image ({_SUFFIXES}) in {', '.join(map(repr, empty))}. "
+            "Each folder in it is a class: fill these, or move them away."
+        )
+    paths = ((path, folder) for folder in folders for path in files[folder])
+    return [Row(path.relative_to(root).as_posix(), folder.name, path=path) for path, folder in paths]
+
+
+def _list_images(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _read_table(table: Path) -> list[Row]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = {name.strip().lower() for name in reader.fieldnames or () if name}
+            cells = [(reader.line_num, _clean(row)) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read the table {table}: {' '.join(str(error).split())}") from error
+    if not {"path", "label"} <= columns:
+        raise DataError(
+            f"{table} must have the columns path and label (and may have group and split), "
+            f"got {', '.join(sorted(columns)) or 'none'}."
+        )
+    if not cells:
+        raise DataError(f"{table} has a header but no row; add a line for each image.")
+    return [_to_row(row, table, line) for line, row in cells]
+
+
+def _clean(row: dict[str, str | None]) -> dict[str, str]:
+    # DictReader puts surplus cells under the key None, as a list.
+    return {key.strip().lower(): (value or "").strip() for key, value in row.items() if isinstance(key, str)}
+
+
+def _to_row(row: dict[str, str], table: Path, line: int) -> Row:
+    where = f"{table}, line {line}"
+    for column in ("path", "label"):
+        if not row[column]:
+            raise DataError(f"{where}: the {column} is missing.")
+    name, word = PurePosixPath(row["path"]), row.get("split", "").lower()
+    if name.is_absolute() or ".." in name.parts:
+        raise DataError(
+            f"{where}: wanted a path below {table.parent}, got {row['path']}: a table that points elsewhere "
+            "breaks when it is moved. Put the table above its images."
+        )
+    if word and word not in SPLIT_WORDS:
+        raise DataError(f"{where}: the split must be one of {', '.join(SPLIT_WORDS)}, got {row['split']!r}.")
+    return Row(str(name), row["label"], row.get("group") or None, SPLIT_WORDS.get(word), table.parent / name)
+
+
+def _read_npz(source: Path) -> list[Row]:
+    try:
+        # Opened here, since np.load leaves a damaged file open.
+        with source.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in content.files if key.partition("_")[0] in SPLIT_WORDS}
+    # A damaged archive raises nearly anything: BadZipFile, zlib.error, EOFError, NotImplementedError ...
+    except Exception as error:
+        raise DataError(f"cannot read the arrays of {source}: {' '.join(str(error).split())}") from error
+    words = [word for word in SPLIT_WORDS if f"{word}_images" in arrays]
+    if not words:
+        raise DataError(f"{source} must have MedMNIST's keys, such as train_images and train_labels.")
+    return [row for word in words for row in _read_npz_split(arrays, word, source)]
+
+
+def _read_npz_split(arrays: dict[str, NDArray[np.generic]], word: str, source: Path) -> list[Row]:
+    images, labels = arrays[f"{word}_images"], arrays.get(f"{word}_labels", np.empty(0))
+    one_each = labels.shape in ((len(images),), (len(images), 1)) if images.ndim else False
+    if not one_each or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{source}: wanted one whole number in {word}_labels for each of {word}_images, "
+            f"shape (N,) or (N, 1), got {labels.shape} of {labels.dtype} for images of shape {images.shape}."
+        )
+    pairs = enumerate(zip(images, labels.reshape(-1).tolist(), strict=True))
+    return [
+        Row(f"{word}/{i}", str(label), None, SPLIT_WORDS[word], None, image) for i, (image, label) in pairs
+    ]

@@ -1,0 +1,56 @@
+"""The head that turns a feature map into logits."""
+
+import torch
+from torch import Tensor, nn
+
+
+class PooledHead(nn.Module):
+    """Global average pooling, standardisation, one linear layer.
+
+    Input (N, C, H, W), output (N, outputs) logits in fp32. Features shrink with the scales by orders of
+    magnitude, within an epoch. In training they are therefore standardised by the batch at hand, in eval by
+    stored statistics, which `set_statistics` must renew after every change of the trunk. No epsilon is
+    added to the variance: with the usual 1e-5 the features of a scaled network all but vanish.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a feature map."""
+        features = self.pool(x)
+        by_batch = self.training and len(features) > 1
+        mean, variance = _statistics(features) if by_batch else (self.mean, self.variance)
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.linear(standardise(features, mean, variance))
+        return logits
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Return features (N, C): the mean of each map, in fp32."""
+        return x.float().mean((2, 3))
+
+    @torch.no_grad()
+    def set_statistics(self, features: Tensor) -> None:
+        """Store the mean and variance of `features` (N, C)."""
+        mean, variance = _statistics(features)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+
+
+def standardise(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Return features (N, C) at mean 0 and variance 1; a channel that never varies gives 0."""
+    varies = variance > 0
+    # A root of 0 has no gradient; the constant channel is replaced before the root is taken.
+    return (features - mean) * varies / torch.where(varies, variance, 1.0).sqrt()
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features.mean(0), features.var(0, correction=0)

@@ -1,0 +1,105 @@
+"""Figures of merit from probabilities, with bootstrap intervals."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from chanscale.errors import DataError
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+Metric = Callable[[Floats, Ints], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % bootstrap interval; nan where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return `value`, `low`, `high`."""
+        return asdict(self)
+
+
+def mean_auc(probabilities: Floats, labels: Ints) -> float:
+    """Area under the ROC curve; for more than two classes the mean of each against the rest.
+
+    `probabilities` (N, K), `labels` (N,). nan when a class is missing.
+    """
+    classes = probabilities.shape[1]
+    if len(np.unique(labels)) < classes:
+        return float("nan")
+    if classes == 2:
+        return float(roc_auc_score(labels, probabilities[:, 1]))
+    return float(np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in range(classes)]))
+
+
+def accuracy(probabilities: Floats, labels: Ints) -> float:
+    """Share of images whose most probable class is theirs."""
+    return float(np.mean(probabilities.argmax(1) == labels))
+
+
+def sensitivity(probabilities: Floats, labels: Ints) -> float:
+    """Share of the positive images (class 1 of two) that are called positive, at probability 0.5."""
+    return _share_called(probabilities, labels, 1)
+
+
+def specificity(probabilities: Floats, labels: Ints) -> float:
+    """Share of the negative images (class 0 of two) that are called negative, at probability 0.5."""
+    return _share_called(probabilities, labels, 0)
+
+
+def metrics_for(classes: int) -> dict[str, Metric]:
+    """Return the figures that make sense for this many classes, by name."""
+    common: dict[str, Metric] = {"auc": mean_auc, "accuracy": accuracy}
+    return common | ({"sensitivity": sensitivity, "specificity": specificity} if classes == 2 else {})
+
+
+def estimate(
+    metrics: Mapping[str, Metric],
+    probabilities: Floats,
+    labels: Ints,
+    groups: NDArray[Any],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Return each metric with its 95 % percentile interval (Efron & Tibshirani 1993, ch. 13).
+
+    Whole groups (patients) are drawn with replacement, since images of one patient are not independent.
+    A draw that lacks a class is left out for the metrics it does not define.
+    """
+    if len(labels) == 0:
+        raise DataError("there are no images to evaluate on; choose a test share above 0")
+    draws = list(_resample(groups, resamples, np.random.default_rng(seed)))
+    return {
+        name: _interval(metric(probabilities, labels), [metric(probabilities[d], labels[d]) for d in draws])
+        for name, metric in metrics.items()
+    }
+
+
+def _resample(groups: NDArray[Any], resamples: int, rng: np.random.Generator) -> Any:
+    _, inverse = np.unique(groups, return_inverse=True)
+    members = [np.flatnonzero(inverse == g) for g in range(inverse.max() + 1)]
+    for _ in range(resamples):
+        yield np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+
+
+def _interval(value: float, draws: list[float]) -> Estimate:
+    defined = np.asarray(draws)[~np.isnan(draws)]
+    if np.isnan(value) or len(defined) == 0:
+        return Estimate(value, float("nan"), float("nan"))
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
+def _share_called(probabilities: Floats, labels: Ints, k: int) -> float:
+    called = probabilities.argmax(1)[labels == k]
+    return float(np.mean(called == k)) if len(called) else float("nan")

@@ -1,0 +1,205 @@
+"""From images to a run folder: the steps, in order."""
+
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from chanscale import __version__
+from chanscale.artifact import ModelInfo, assemble
+from chanscale.backbones import BACKBONES, Preprocessing, find_backbone, load_backbone
+from chanscale.channels import channel_groups
+from chanscale.classifier import Classifier
+from chanscale.config import FitConfig
+from chanscale.costs import trunk_cost
+from chanscale.data.loading import DecodedImages, decode_images
+from chanscale.data.sources import ImageSet, open_images
+from chanscale.data.splits import Splits, split_images
+from chanscale.errors import ConfigError
+from chanscale.evaluation import evaluate
+from chanscale.progress import Watcher
+from chanscale.runs import NOTICE, RunFolder
+from chanscale.state import Best, TrainingState
+from chanscale.training import fit, start
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the model, what its file says of it, its figures, a row for each epoch, and its folder."""
+
+    model: Classifier
+    info: ModelInfo
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    folder: Path | None
+
+
+def scale_and_select(
+    model: str | nn.Module,
+    data: str | Path | ImageSet,
+    *,
+    config: FitConfig | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Turn a pretrained network and labelled images into a small classifier, and write a run folder to `out`.
+
+    `model`: the name of a backbone, or a trunk of your own, which takes (N, 3, H, W) pixels in [0, 1] and
+    returns a feature map. `data`: a folder, CSV or npz file, or an `ImageSet`. The run lies beside `out`
+    until it is whole; with `resume`, an interrupted one goes on. Raises ChanscaleError.
+    """
+    began = perf_counter()
+    config, watcher = config or FitConfig(), watcher or Watcher()
+    folder = RunFolder.open(Path(out), config, resume=resume) if out is not None else None
+    images = load_images(data, config, watcher)
+    splits = split_images(images.images, validation=config.validation, test=config.test, seed=config.seed)
+    classifier = build_classifier(model, images.images.classes, config, watcher)
+    info = describe_model(model, classifier, images)
+    if folder:
+        folder.begin(images.images, splits)
+    state, notes = (folder.load(classifier.trunk) if folder else None) or (None, {})
+    if state is None:
+        state = start(classifier, images, splits, config)
+        notes = {"before": judge(state.model, images, splits, watcher), "seconds": 0.0}
+    earlier = notes["seconds"]
+
+    def save(state: TrainingState) -> None:
+        if folder:
+            folder.save(state, info, notes | {"seconds": earlier + perf_counter() - began})
+
+    best = fit(classifier, images, splits, config, state=state, watcher=watcher, save=save)
+    info = kept_by(best, info)
+    metrics = {
+        **judge(best.model, images, splits, watcher),
+        "before": notes["before"],
+        **measure(classifier, best, images, full=BACKBONES[model].full_parameters if isinstance(model, str) else None),
+        **describe_training(best, state, images, splits),
+        "seconds": round(earlier + perf_counter() - began, 1),
+        **describe_machine(),
+    }
+    if folder:
+        folder.finish(best.model, info, metrics, state.history, widths(classifier))
+    return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
+
+
+def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher) -> DecodedImages:
+    """Open and decode the images as `config` says. Raises DataError."""
+    images = data if isinstance(data, ImageSet) else _open(Path(data), config)
+    return decode_images(
+        images,
+        image_size=config.image_size,
+        workers=config.workers,
+        cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
+        skip_bad=config.skip_bad,
+        progress=partial(watcher.on_step, "decoding images"),
+    )
+
+
+def _open(path: Path, config: FitConfig) -> ImageSet:
+    images = open_images(path, group_pattern=config.group_pattern)
+    if config.positive is None:
+        return images
+    others = tuple(name for name in images.classes if name != config.positive)
+    if len(images.classes) != 2 or len(others) != 1:
+        raise ConfigError(f"positive={config.positive!r} must be one of two classes; have {', '.join(images.classes)}")
+    return open_images(path, group_pattern=config.group_pattern, classes=(*others, config.positive))
+
+
+def build_classifier(
+    model: str | nn.Module, classes: tuple[str, ...], config: FitConfig, watcher: Watcher
+) -> Classifier:
+    """Put preprocessing and a new head around a named backbone, or around a trunk of the user's own."""
+    if isinstance(model, str):
+        preprocessing = find_backbone(model).preprocessing()
+        trunk = load_backbone(model, weights=config.weights, progress=watcher.on_step)
+    else:
+        preprocessing, trunk = Preprocessing(), model
+    torch.manual_seed(config.seed)
+    return assemble(preprocessing, trunk, classes=classes)
+
+
+def describe_model(model: str | nn.Module, classifier: Classifier, images: DecodedImages) -> ModelInfo:
+    """Return what the model file is to say about a network that is still whole."""
+    preprocessing = classifier.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    return ModelInfo(
+        backbone=model if isinstance(model, str) else type(model).__name__,
+        classes=images.images.classes,
+        kept={name: list(range(width)) for name, width in widths(classifier).items()},
+        preprocessing=preprocessing.to_dict(),
+        image_size=images.image_size,
+        channels=images.channels,
+    )
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """Return the number of channels of each group of `model`."""
+    return {group.name: group.width for group in channel_groups(model)}
+
+
+def kept_by(best: Best, info: ModelInfo) -> ModelInfo:
+    """Return `info` with the channels that `best` kept."""
+    return ModelInfo(**{**vars(info), "kept": {name: indices.tolist() for name, indices in best.kept.items()}})
+
+
+def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any]:
+    """Return the figures on the test images, with intervals; only `n` = 0 where none were set aside."""
+    if not splits.test:
+        return {"n": 0}
+    judged = evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
+    figures = {name: estimate.to_dict() for name, estimate in judged.estimates.items()}
+    patients = len({images.images.records[index].group for index in splits.test})
+    return {**figures, "n": len(judged.labels), "patients": patients}
+
+
+def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: int | None) -> dict[str, Any]:
+    """Return what the trunk held before and holds now: parameters, MACs for one image, bytes.
+
+    `full`: parameters of the published network, with the classifier that was cut off.
+    """
+    cost = trunk_cost(classifier, channel_groups(classifier), images.batch([0])[0])
+    left = {name: len(indices) for name, indices in best.kept.items()}
+    trunk, kept = cost.parameters(), cost.parameters(left)
+    return {
+        "parameters": {
+            "trunk": trunk,
+            "kept": kept,
+            "removed": 1 - kept / trunk,
+            "full": full,
+            "removed_of_full": 1 - kept / full if full else None,
+            "head": sum(parameter.numel() for parameter in best.model.head.parameters()),
+        },
+        "macs": {"trunk": cost.macs(), "kept": cost.macs(left), "removed": 1 - cost.macs(left) / cost.macs()},
+        "bytes": {"trunk": 4 * trunk},
+    }
+
+
+def describe_training(best: Best, state: TrainingState, images: DecodedImages, splits: Splits) -> dict[str, Any]:
+    """Return how the model came about: epochs, validation, and the images it saw."""
+    sides = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {
+        "classes": list(images.images.classes),
+        "images": {name: len(side) for name, side in sides.items()} | {"skipped": len(images.images.skipped)},
+        "epochs": state.epoch,
+        "best_epoch": best.row["epoch"],
+        "validation_auc": best.row["validation_auc"],
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures were measured with."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return {
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "threads": torch.get_num_threads(),
+        "versions": {"chanscale": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "notice": NOTICE,
+    }

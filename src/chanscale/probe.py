@@ -1,0 +1,54 @@
+"""A linear head on frozen features: where scaling starts, and the baseline to beat."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from chanscale.classifier import Classifier
+from chanscale.data.loading import BatchLoader, DecodedImages
+from chanscale.heads import standardise
+
+STRENGTH = 0.01
+"""Inverse L2 strength: with 512 features and some hundred images, weak fits separate everything and learn nothing."""
+
+
+def fit_probe(
+    model: Classifier, data: DecodedImages, indices: Sequence[int], *, c: float = STRENGTH, batch_size: int = 8
+) -> None:
+    """Set the head of `model`, in place, to a logistic regression on its standardised features.
+
+    `indices`: training images. `c`: inverse strength of the L2 penalty, as in scikit-learn.
+    """
+    features, labels = pooled_features(model, data, indices, batch_size=batch_size)
+    head = model.head
+    head.set_statistics(features.to(head.mean.device))
+    standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy().astype(np.float64)
+    fitted = LogisticRegression(C=c, max_iter=2000).fit(standardised, labels.numpy())
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.from_numpy(fitted.coef_))
+        head.linear.bias.copy_(torch.from_numpy(fitted.intercept_))
+
+
+def set_head_statistics(
+    model: Classifier, data: DecodedImages, indices: Sequence[int], *, batch_size: int = 8
+) -> None:
+    """Set the head's statistics, in place, to those of its features on the images at `indices`."""
+    features, _ = pooled_features(model, data, indices, batch_size=batch_size)
+    model.head.set_statistics(features.to(model.head.mean.device))
+
+
+@torch.no_grad()
+def pooled_features(
+    model: Classifier, data: DecodedImages, indices: Sequence[int], *, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the head's pooled features (N, C), in fp32 on the CPU, and the labels (N,) of some images."""
+    model.eval()
+    device = model.head.mean.device
+    features, labels = [], []
+    for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
+        features.append(model.head.pool(model.feature_map(batch.images.to(device))).cpu())
+        labels.append(batch.labels)
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,155 @@
+"""Physically remove channels: from the convolution, from the layers tied to it, from what consumes it."""
+
+import copy
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from chanscale.attaching import Model
+from chanscale.channels import ChannelGroup, channel_groups
+from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
+from chanscale.heads import PooledHead
+from chanscale.scaling import ChannelScale
+from chanscale.selection import ChannelSelection
+
+ROUNDING = 1e-5
+"""Largest difference between pruned and masked outputs that is rounding, relative to the largest output.
+
+Sums of a few thousand fp32 products, taken in another order, differ by about 1e-6.
+"""
+
+
+def prune_channels(model: Model, selection: ChannelSelection) -> Model:
+    """Return a copy of `model` that holds the selected channels alone, each weight a bit-exact slice.
+
+    Groups that the selection does not name stay whole. Raises ModelError when the selection does not fit
+    the model, and EmptySelectionError when it removes nothing, or all of a group.
+    """
+    groups = _selected_groups(model, selection)
+    pruned = copy.deepcopy(model)
+    for group in groups:
+        kept = selection.kept[group.name]
+        for name in (group.name, *group.norms, *([group.scale] if group.scale else [])):
+            keep_outputs(pruned.get_submodule(name), kept)
+        for name in group.consumers:
+            keep_inputs(pruned.get_submodule(name), kept, group.width)
+    return pruned
+
+
+def mask_channels(model: Model, selection: ChannelSelection) -> Model:
+    """Return a copy of `model` in which the channels not selected are exactly 0, and still there."""
+    masked = copy.deepcopy(model)
+    for group in _selected_groups(model, selection):
+        keep = torch.zeros(group.width, dtype=torch.bool)
+        keep[selection.kept[group.name]] = True
+        # Without a scale, the layer it would stand behind is silenced: 0 * x + 0.
+        for parameter in masked.get_submodule(group.scale or group.anchor).parameters(recurse=False):
+            parameter.data[~keep] = 0
+    return masked
+
+
+def check_removal(pruned: nn.Module, masked: nn.Module, example: Tensor) -> float:
+    """Return the largest relative difference between the two networks' outputs on `example` (N, C, H, W).
+
+    Raises InexactRemovalError when it is more than rounding.
+    """
+    with torch.no_grad():
+        wanted, got = masked.eval()(example), pruned.eval()(example)
+    difference = float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    if not difference <= ROUNDING:
+        raise InexactRemovalError(
+            f"removing channels changed the output by {difference:.1e} of its size (rounding: {ROUNDING:.0e}); "
+            "the network treats channels in a way that is not traced. Please report it"
+        )
+    return difference
+
+
+def _selected_groups(model: nn.Module, selection: ChannelSelection) -> list[ChannelGroup]:
+    groups = {group.name: group for group in channel_groups(model)}
+    for name, kept in selection.kept.items():
+        if name not in groups:
+            raise ModelError(f"the selection names {name!r}, which is no channel group; have {', '.join(groups)}")
+        _require_indices(kept, groups[name])
+    if all(len(kept) == groups[name].width for name, kept in selection.kept.items()):
+        raise EmptySelectionError("the selection keeps every channel: there is nothing to remove")
+    return [groups[name] for name in selection.kept]
+
+
+def _require_indices(kept: Tensor, group: ChannelGroup) -> None:
+    if len(kept) == 0:
+        raise EmptySelectionError(f"the selection keeps none of the {group.width} channels of {group.name!r}")
+    ascending = bool((kept[1:] > kept[:-1]).all())
+    if not ascending or kept[0] < 0 or kept[-1] >= group.width:
+        raise ModelError(
+            f"the indices for {group.name!r} must ascend within 0..{group.width - 1}; got {kept.tolist()[:8]}"
+        )
+
+
+@singledispatch
+def keep_outputs(layer: nn.Module, kept: Tensor) -> None:
+    """Keep only the output channels `kept` of `layer`, in place."""
+    raise ModelError(f"cannot remove output channels of a {type(layer).__name__}")
+
+
+@singledispatch
+def keep_inputs(layer: nn.Module, kept: Tensor, width: int) -> None:
+    """Keep only the input channels `kept`, out of `width`, of `layer`, in place."""
+    raise ModelError(f"cannot remove input channels of a {type(layer).__name__}")
+
+
+@keep_outputs.register
+def _(layer: nn.Conv2d, kept: Tensor) -> None:
+    layer.out_channels = len(kept)
+    _slice(layer, "weight", kept)
+    _slice(layer, "bias", kept)
+
+
+@keep_outputs.register
+def _(layer: nn.BatchNorm2d, kept: Tensor) -> None:
+    layer.num_features = len(kept)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _slice(layer, name, kept)
+
+
+@keep_outputs.register
+def _(layer: ChannelScale, kept: Tensor) -> None:
+    _slice(layer, "weight", kept)
+
+
+@keep_inputs.register
+def _(layer: nn.Conv2d, kept: Tensor, width: int) -> None:
+    del width
+    layer.in_channels = len(kept)
+    _slice(layer, "weight", kept, dim=1)
+
+
+@keep_inputs.register
+def _(layer: nn.Linear, kept: Tensor, width: int) -> None:
+    # Behind a flatten, the positions of one channel lie next to each other.
+    positions = layer.in_features // width
+    inputs = (kept[:, None] * positions + torch.arange(positions)).flatten()
+    layer.in_features = len(inputs)
+    _slice(layer, "weight", inputs, dim=1)
+
+
+@keep_inputs.register
+def _(layer: PooledHead, kept: Tensor, width: int) -> None:
+    keep_inputs(layer.linear, kept, width)
+    _slice(layer, "mean", kept)
+    _slice(layer, "variance", kept)
+
+
+def _slice(layer: nn.Module, name: str, kept: Tensor, *, dim: int = 0) -> None:
+    old = getattr(layer, name)
+    if old is None:
+        return
+    new = slice_like(old.detach(), kept, dim=dim)
+    setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:
+    """Return `values[kept]` along `dim`, in the memory layout of `values`."""
+    sliced = values.index_select(dim, kept.to(values.device))
+    channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return sliced.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,0 +1,68 @@
+"""One removal in the course of training: the network, the optimizer's moments and the index book, together."""
+
+import copy
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+from torch import Tensor, nn
+
+from chanscale.attaching import Model
+from chanscale.pruning import check_removal, mask_channels, prune_channels
+from chanscale.selection import ChannelSelection
+
+
+@dataclass(frozen=True)
+class Removal(Generic[Model]):
+    """A network without the channels that were not selected, and how far that changed it.
+
+    `change`: largest change of an output on the example, relative to the largest output; rounding (below
+    1e-5) where every channel removed had a scale of exactly 0.
+    """
+
+    model: Model
+    kept: dict[str, Tensor]
+    moments: dict[str, list[Tensor]]
+    change: float
+
+
+def remove_channels(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    kept: dict[str, Tensor],
+    selection: ChannelSelection,
+    *,
+    example: Tensor,
+) -> Removal[Model]:
+    """Prune `model` and all that is shaped like it; compare it with the masked network on `example`.
+
+    `kept`: each group's indices into the original network, shape (width,). Raises InexactRemovalError when
+    pruned and masked differ.
+    """
+    pruned = prune_channels(model, selection)
+    masked = mask_channels(model, selection)
+    check_removal(pruned, masked, example)
+    return Removal(
+        model=pruned,
+        kept={name: indices[selection.kept[name]] for name, indices in kept.items()},
+        moments={key: _prune_moment(model, optimizer, key, selection) for key in ("exp_avg", "exp_avg_sq")},
+        change=output_change(model, masked, example),
+    )
+
+
+@torch.no_grad()
+def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float:
+    """Return the largest change of an output on `example`, relative to the largest output before."""
+    old, new = before.eval()(example), after.eval()(example)
+    return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
+
+
+def _prune_moment(
+    model: nn.Module, optimizer: torch.optim.Optimizer, key: str, selection: ChannelSelection
+) -> list[Tensor]:
+    """Prune one of Adam's moments as if it were the parameters, which it is shaped like."""
+    shadow = copy.deepcopy(model)
+    for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
+        if parameter in optimizer.state:
+            twin.data.copy_(optimizer.state[parameter][key])
+    return [p.detach() for p in prune_channels(shadow, selection).parameters() if p.requires_grad]

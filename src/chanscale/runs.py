@@ -1,0 +1,91 @@
+"""The run folder: built beside its place, moved there when it is whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from chanscale.artifact import ModelInfo, save_model
+from chanscale.checkpoint import load_checkpoint, save_checkpoint
+from chanscale.classifier import Classifier
+from chanscale.config import FitConfig
+from chanscale.data.sources import ImageSet
+from chanscale.data.splits import Splits, write_splits
+from chanscale.errors import ArtifactError, ConfigError
+from chanscale.files import write_atomically
+from chanscale.report import write_history, write_plots
+from chanscale.state import TrainingState
+
+NOTICE = "Research software: not a medical device, and no output of it is a diagnosis."
+
+
+class RunFolder:
+    """One run on disk. Until `finish`, everything lies in `<out>.partial`, from where `--resume` goes on."""
+
+    def __init__(self, out: Path, config: FitConfig) -> None:
+        self.out = out
+        self.partial = out.with_name(f"{out.name}.partial")
+        self.config = config
+
+    @classmethod
+    def open(cls, out: Path, config: FitConfig, *, resume: bool) -> "RunFolder":
+        """Check that the run can be written to `out`; writes nothing. Raises ArtifactError, ConfigError."""
+        folder = cls(out, config)
+        if out.exists():
+            raise ArtifactError(f"{out} exists already; choose another --out, or remove it")
+        if folder.partial.exists() and not resume:
+            raise ArtifactError(f"{folder.partial} holds an unfinished run; go on with --resume, or remove it")
+        if resume and not folder.partial.exists():
+            raise ArtifactError(f"there is no unfinished run at {folder.partial}; start one without --resume")
+        if resume:
+            folder._require_same_config()
+        return folder
+
+    def begin(self, images: ImageSet, splits: Splits) -> None:
+        """Write what is known before training: `config.yaml` and `splits.csv`. Raises ArtifactError."""
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.partial / "config.yaml", self.config.to_yaml())
+            write_splits(self.partial / "splits.csv", images, splits)
+        except OSError as error:
+            raise ArtifactError(f"cannot write to {self.partial}: {error.strerror}; choose another --out") from error
+
+    def load(self, trunk: nn.Module) -> tuple[TrainingState, dict[str, Any]] | None:
+        """Return the state of an interrupted run and its notes, if it had finished an epoch."""
+        if not self._checkpoint.exists():
+            return None
+        return load_checkpoint(self._checkpoint, self.config, trunk=trunk)
+
+    def save(self, state: TrainingState, info: ModelInfo, notes: Mapping[str, Any]) -> None:
+        """Save `state` and `notes`, so that the run can go on after any interruption."""
+        save_checkpoint(state, info, notes, self._checkpoint)
+
+    def finish(
+        self, model: Classifier, info: ModelInfo, metrics: dict[str, Any], history: list[dict[str, Any]],
+        widths_before: Mapping[str, int],
+    ) -> Path:  # fmt: skip
+        """Write the model, the figures and the plots, and move the folder to its place."""
+        path = save_model(model, info, self.partial / "model.safetensors")
+        metrics["bytes"]["model"] = path.stat().st_size
+        write_atomically(self.partial / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_history(self.partial / "history.csv", history)
+        write_plots(self.partial, history, widths_before, info.widths, metrics)
+        self._checkpoint.unlink(missing_ok=True)
+        self.partial.rename(self.out)
+        return self.out
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.partial / "checkpoint.safetensors"
+
+    def _require_same_config(self) -> None:
+        begun = FitConfig.read(self.partial / "config.yaml")
+        changed = [name for name in FitConfig.model_fields if getattr(begun, name) != getattr(self.config, name)]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"{self.partial} was begun with {name}={getattr(begun, name)!r}, not {getattr(self.config, name)!r}; "
+                f"resume with the same options"
+            )

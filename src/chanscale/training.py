@@ -1,0 +1,75 @@
+"""Train scales and head: shrink and remove down to the budget, then refine, and keep the best epoch."""
+
+from collections.abc import Callable
+
+import torch
+
+from chanscale.attaching import attach_scales
+from chanscale.channels import ChannelGroup, channel_groups
+from chanscale.classifier import Classifier, to_channels_last
+from chanscale.config import FitConfig
+from chanscale.costs import trunk_cost
+from chanscale.data.loading import DecodedImages
+from chanscale.data.splits import Splits
+from chanscale.epochs import EpochRunner
+from chanscale.errors import TrainingError
+from chanscale.probe import fit_probe
+from chanscale.progress import Watcher
+from chanscale.schedule import plan_epochs
+from chanscale.selection import WidthRule
+from chanscale.shrinking import BudgetPenalty
+from chanscale.state import Best, TrainingState, make_optimizer
+
+
+def fit(
+    model: Classifier,
+    data: DecodedImages,
+    splits: Splits,
+    config: FitConfig,
+    *,
+    state: TrainingState | None = None,
+    watcher: Watcher | None = None,
+    save: Callable[[TrainingState], None] | None = None,
+) -> Best:
+    """Scale, select, remove and refine as `config` says; return the best epoch that meets the budget.
+
+    `model` is not changed. With the `state` of an earlier call it goes on from there; `save` is called with
+    the state after each epoch. Raises TrainingError, BudgetError, InexactRemovalError.
+    """
+    state = state or start(model, data, splits, config)
+    groups = channel_groups(model)
+    cost = trunk_cost(model, groups, data.batch(splits.train[:1])[0])
+    penalty = BudgetPenalty(cost, width_rule(groups, config), config)
+    runner = EpochRunner(data, splits, penalty, config, watcher or Watcher())
+    for moment in plan_epochs(config):
+        if moment.epoch < state.epoch:
+            continue
+        if moment.opens_stage and moment.stage > 0 and not _accepted(state, moment.stage - 1):
+            break
+        runner.run(state, moment)
+        if save:
+            save(state)
+    if state.best is None:
+        raise TrainingError("no epoch met the budget; give it more epochs with --scale-epochs")
+    return state.best
+
+
+def start(model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig) -> TrainingState:
+    """Attach scales to `model` and fit its head to the frozen features: where training starts from."""
+    scaled = to_channels_last(attach_scales(model))
+    fit_probe(scaled, data, splits.train, batch_size=config.micro_batch)
+    kept = {group.name: torch.arange(group.width) for group in channel_groups(scaled)}
+    return TrainingState(scaled, make_optimizer(scaled, config), kept)
+
+
+def width_rule(groups: tuple[ChannelGroup, ...], config: FitConfig) -> WidthRule:
+    """Return what widths `config` allows. The layer before the head is not rounded unless it says so.
+
+    A few channels there cost a CPU nothing to speak of, and are worth more to a reader.
+    """
+    unrounded = frozenset() if config.round_last else frozenset({groups[-1].name})
+    return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded)
+
+
+def _accepted(state: TrainingState, stage: int) -> bool:
+    return state.best is not None and state.best.row["stage"] == stage

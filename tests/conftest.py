@@ -1,0 +1,39 @@
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+NIH = (
+    "needs 256 px PNGs of NIH ChestX-ray8 in {}: a folder for each class, names that start with the patient "
+    "number (https://nihcc.app.box.com/v/ChestXray-NIHCC)"
+)
+PNEUMONIAMNIST = "needs: curl -L -o {} https://zenodo.org/records/10519652/files/pneumoniamnist.npz"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nih_opacity() -> Path:
+    """Real chest radiographs, no_finding and pneumonia; skips the test where they are absent."""
+    return _require(SHARED / "nih-opacity", NIH)
+
+
+@pytest.fixture(scope="session")
+def pneumoniamnist() -> Path:
+    """PneumoniaMNIST as one .npz; skips the test where it is absent."""
+    return _require(SHARED / "pneumoniamnist.npz", PNEUMONIAMNIST)
+
+
+def _require(path: Path, reason: str) -> Path:
+    if not path.exists():
+        pytest.skip(reason.format(os.path.relpath(path)))
+    return path
