@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from chanscale.backbones import Preprocessing
 from chanscale.errors import UnsupportedTopologyError
 from chanscale.heads import PooledHead
-from chanscale.scaling import ChannelScale
+from chanscale.scaling import AbsorbedReLU, FrozenBatchNorm2d, FrozenConv2d
 
 CONVOLUTIONS = (nn.Conv2d,)
 NORMS = (nn.BatchNorm2d,)
@@ -68,7 +68,7 @@ def channel_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, ChannelScale | PooledHead | Preprocessing)
+        ours = isinstance(m, FrozenConv2d | FrozenBatchNorm2d | AbsorbedReLU | PooledHead | Preprocessing)
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -116,8 +116,7 @@ class _Chain:
             self._open_group(node, name, module)
         elif isinstance(module, NORMS) and self.open:
             self._follow(norms=(*self.groups[-1].norms, name))
-        elif isinstance(module, ChannelScale) and self.open:
-            self._follow(scale=name)
+            self._follow_scale(name, module)
         elif isinstance(module, CONSUMERS):
             self._close_group(name)
         elif not isinstance(module, (*TRANSPARENT_MODULES, Preprocessing)):
@@ -134,11 +133,16 @@ class _Chain:
         self._close_group(name)
         self.groups.append(ChannelGroup(name=name, width=conv.out_channels))
         self.open = True
+        self._follow_scale(name, conv)
 
     def _close_group(self, consumer: str) -> None:
         if self.open:
             self._follow(consumers=(consumer,))
         self.open = False
+
+    def _follow_scale(self, name: str, module: nn.Module) -> None:
+        if getattr(module, "scale", None) is not None:
+            self._follow(scale=f"{name}.scale")
 
     def _follow(self, **changes: object) -> None:
         self.groups[-1] = replace(self.groups[-1], **changes)  # type: ignore[arg-type]

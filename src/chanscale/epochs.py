@@ -18,6 +18,7 @@ from chanscale.devices import make_fabric
 from chanscale.errors import TrainingError
 from chanscale.metrics import mean_auc
 from chanscale.probe import set_head_statistics
+from chanscale.pruning import ROUNDING
 from chanscale.removal import remove_channels
 from chanscale.schedule import Moment
 from chanscale.selection import ChannelSelection
@@ -58,8 +59,8 @@ class EpochRunner:
         """Run the epoch `moment` and add its row to the history."""
         began = perf_counter()
         loss, step = self._train(state, moment)
+        self._set_statistics(state)
         change = self._remove(state, moment) if moment.phase == "scale" else None
-        set_head_statistics(state.model, self.data, self.sample, batch_size=self.config.micro_batch)
         row = {
             "epoch": moment.epoch, "stage": moment.stage, "phase": moment.phase, "train_loss": loss,
             **self._validate(state.model), **self._measure(state), "penalty_step": step, "removal_change": change,
@@ -157,12 +158,16 @@ class EpochRunner:
     def _apply(self, state: TrainingState, selection: ChannelSelection) -> float:
         example = self.fabric.to_device(self.example)
         removal = remove_channels(state.model, state.optimizer, state.kept, selection, example=example)
-        optimizer = make_optimizer(removal.model, self.config)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            optimizer.state[parameter] = {key: moments[index] for key, moments in removal.moments.items()}
-        state.model, state.optimizer, state.kept = removal.model, optimizer, removal.kept
+        state.model, state.kept = removal.model, removal.kept
+        state.optimizer = make_optimizer(state.model, self.config)
+        removal.restore(state.optimizer)
+        if removal.change > ROUNDING:
+            self._set_statistics(state)
         return removal.change
+
+    def _set_statistics(self, state: TrainingState) -> None:
+        with self.fabric.autocast():
+            set_head_statistics(state.model, self.data, self.sample, batch_size=self.config.micro_batch)
 
     @torch.no_grad()
     def _validate(self, model: Classifier) -> dict[str, float]:

@@ -46,6 +46,9 @@ def mask_channels(model: Model, selection: ChannelSelection) -> Model:
         # Without a scale, the layer it would stand behind is silenced: 0 * x + 0.
         for parameter in masked.get_submodule(group.scale or group.anchor).parameters(recurse=False):
             parameter.data[~keep] = 0
+        for head in map(masked.get_submodule, group.consumers):
+            if isinstance(head, PooledHead):
+                head.mean[~keep] = 0  # a channel that is not there adds nothing, not even minus its old mean
     return masked
 
 

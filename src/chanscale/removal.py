@@ -22,8 +22,14 @@ class Removal(Generic[Model]):
 
     model: Model
     kept: dict[str, Tensor]
-    moments: dict[str, list[Tensor]]
+    moments: list[dict[str, Tensor]]
     change: float
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give `optimizer`, made anew for the pruned model, the state that the old one had."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter, state in zip(parameters, self.moments, strict=True):
+            optimizer.state[parameter] = state
 
 
 def remove_channels(
@@ -45,7 +51,7 @@ def remove_channels(
     return Removal(
         model=pruned,
         kept={name: indices[selection.kept[name]] for name, indices in kept.items()},
-        moments={key: _prune_moment(model, optimizer, key, selection) for key in ("exp_avg", "exp_avg_sq")},
+        moments=_prune_moments(model, optimizer, selection),
         change=output_change(model, masked, example),
     )
 
@@ -57,12 +63,25 @@ def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float
     return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
 
 
+def _prune_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, selection: ChannelSelection
+) -> list[dict[str, Tensor]]:
+    """Return the state of each parameter that `optimizer` steps, in its order, without the channels removed."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pruned = {key: _prune_moment(model, optimizer, key, selection) for key in ("exp_avg", "exp_avg_sq")}
+    return [
+        {"step": optimizer.state[p]["step"].clone(), **{key: moment[names[p]] for key, moment in pruned.items()}}
+        for p in stepped
+    ]
+
+
 def _prune_moment(
     model: nn.Module, optimizer: torch.optim.Optimizer, key: str, selection: ChannelSelection
-) -> list[Tensor]:
+) -> dict[str, Tensor]:
     """Prune one of Adam's moments as if it were the parameters, which it is shaped like."""
     shadow = copy.deepcopy(model)
     for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
         if parameter in optimizer.state:
             twin.data.copy_(optimizer.state[parameter][key])
-    return [p.detach() for p in prune_channels(shadow, selection).parameters() if p.requires_grad]
+    return {name: p.detach() for name, p in prune_channels(shadow, selection).named_parameters()}

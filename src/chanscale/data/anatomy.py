@@ -63,7 +63,18 @@ def torso(frame: Frame, build: Build, rng: Generator) -> Array:
     """Neck, shoulders, trunk and arms."""
     neck, trunk, top = rng.uniform(0.23, 0.31), build.chest + build.fat, build.apex + rng.uniform(-0.04, 0.1)
     knots = [-2, top - 0.32, top - 0.16, top - 0.02, top + 0.12, top + 0.4, top + 0.62, 0.2, 0.6, 2]
-    widths = [neck, neck, neck + 0.12, trunk - 0.02, trunk + 0.2, trunk + 0.14, trunk + 0.01, trunk, trunk, trunk]
+    widths = [
+        neck,
+        neck,
+        neck + 0.12,
+        trunk - 0.02,
+        trunk + 0.2,
+        trunk + 0.14,
+        trunk + 0.01,
+        trunk,
+        trunk,
+        trunk,
+    ]
     depths = np.array([0.6, 0.6, 0.62, 0.66, 0.74, 0.9, 1, 1.02, 1.04, 1.05]) * build.depth
     height = np.linspace(-2, 2, 401)
     outline = gaussian_filter1d(np.interp(height, knots, widths), 6)
@@ -110,7 +121,9 @@ def abdomen_gas(frame: Frame, build: Build, rng: Generator) -> Array:
         total += rng.uniform(0.1, 0.4) * frame.ellipse(x, y, width, height, angle=rng.normal(0, 0.2))
     for _ in range(rng.integers(0, 4)):
         x, y, radius = rng.uniform(-0.5, 0.6), rng.uniform(dome + 0.3, 1.1), rng.uniform(0.03, 0.07)
-        total += rng.uniform(0.05, 0.2) * frame.ellipse(x, y, radius * 1.5, radius, angle=rng.normal(0, 0.6)) ** 2
+        total += (
+            rng.uniform(0.05, 0.2) * frame.ellipse(x, y, radius * 1.5, radius, angle=rng.normal(0, 0.6)) ** 2
+        )
     return total
 
 
@@ -208,7 +221,9 @@ def ribs(frame: Frame, build: Build, rng: Generator) -> Array:
     reach = 0.27 + (build.chest + 0.02 - 0.27) * np.sqrt(1 - (1 - rise) ** 2.6)
     y = level + fall * (1 - np.cos(turn)) / 2 + rng.normal(0, 0.004, (RIBS, 1))
     thin = np.linspace(0.026, 0.018, RIBS)[:, None] * np.sqrt(np.clip((2.5 - turn) / 0.93, 0, 1))
-    both = [np.stack([side * reach * np.sin(turn), y + rng.normal(0, 0.006, (RIBS, 1))], -1) for side in SIDES]
+    both = [
+        np.stack([side * reach * np.sin(turn), y + rng.normal(0, 0.006, (RIBS, 1))], -1) for side in SIDES
+    ]
     paths = np.concatenate(both) - frame.pose.turn * np.cos(np.tile(turn, (2, 1)))[..., None] * [1, 0]
     total = frame.tubes(paths, np.tile(thin, (2, 1)), rim=0.8)
     return 1.4 * build.bone * total
@@ -221,7 +236,12 @@ def shoulder_girdle(frame: Frame, build: Build, rng: Generator) -> Array:
     for side in SIDES:
         middle = 1.5 * frame.pose.turn * side
         x = side * np.array([0.06, 0.16, 0.3, 0.46, 0.6, 0.7]) * (chest / 0.62) + side * middle
-        y = apex + 0.17 - rise * np.array([0, 0.2, 0.5, 0.85, 1, 0.9]) + np.array([0, 0.02, 0.0, -0.03, -0.03, 0])
+        y = (
+            apex
+            + 0.17
+            - rise * np.array([0, 0.2, 0.5, 0.85, 1, 0.9])
+            + np.array([0, 0.02, 0.0, -0.03, -0.03, 0])
+        )
         clavicle = np.array([[0.032, 0.024, 0.02, 0.02, 0.023, 0.026]])
         total += 1.5 * frame.tubes(np.stack([x, y], -1)[None], clavicle, rim=0.7)
         border = [[chest - 0.08, apex + 0.1], [chest - 0.06 + out, apex + 0.35], [chest + out, apex + 0.68]]

@@ -65,7 +65,9 @@ def develop(frame: Frame, thickness: Array, usual: Array, exposure: Exposure, rn
     noisy = signal + np.sqrt(signal / quanta) * rng.standard_normal(signal.shape, np.float32)
     density = -np.log(np.clip(noisy, 1e-4, None))
     density += exposure.edge * (density - uniform_filter(density, _odd(0.1 / frame.pixel)))
-    reference = -np.log(_transmit(frame, usual, exposure))[:: max(1, frame.size // 64), :: max(1, frame.size // 64)]
+    reference = -np.log(_transmit(frame, usual, exposure))[
+        :: max(1, frame.size // 64), :: max(1, frame.size // 64)
+    ]
     low, high = np.quantile(reference[reference > 0.25 * reference.max()], [0.04, 0.85])
     span = high - low
     level = (density - low + exposure.dark * span) / (span * (1 + exposure.dark + exposure.bright))
@@ -78,7 +80,9 @@ def _transmit(frame: Frame, thickness: Array, exposure: Exposure) -> Array:
     """Beer and Lambert, then scatter, which is a wide blur of the same, then unsharpness."""
     primary = np.exp(-WATER * thickness)
     width = _odd(0.22 / frame.pixel)
-    wide = uniform_filter(uniform_filter(np.minimum(primary, 0.4), width, mode="nearest"), width, mode="nearest")
+    wide = uniform_filter(
+        uniform_filter(np.minimum(primary, 0.4), width, mode="nearest"), width, mode="nearest"
+    )
     return gaussian_filter(primary + exposure.scatter * wide, exposure.blur / frame.pixel, truncate=3)
 
 

@@ -66,7 +66,12 @@ def draw_phantom(seed: int, *, size: int, label: int, patient: int = 0, image: i
     _check(seed, size, label)
     body, shot, disease, noise = (
         np.random.default_rng(key)
-        for key in ((seed, patient, 0), (seed, patient, image, 1), (seed, patient, image, 2), (seed, patient, image, 3))
+        for key in (
+            (seed, patient, 0),
+            (seed, patient, image, 1),
+            (seed, patient, image, 2),
+            (seed, patient, image, 3),
+        )
     )
     frame, exposure = Frame(size, film.draw_pose(shot)), film.draw_exposure(shot)
     build = anatomy.draw_build(body, breath=max(0.0, shot.normal(0.02, 0.06)))
@@ -148,7 +153,8 @@ def _air(frame: Frame, build: Build, rng: Generator) -> Array:
     """Thickness of lung that the heart and the diaphragm leave, shape (size, size)."""
     heart = anatomy.heart(frame, build, rng)
     right, left = (
-        np.clip(anatomy.lung(frame, build, side) - heart, 0, None) * anatomy.above_diaphragm(frame, build, side)
+        np.clip(anatomy.lung(frame, build, side) - heart, 0, None)
+        * anatomy.above_diaphragm(frame, build, side)
         for side in anatomy.SIDES
     )
     return np.maximum(right, left)
