@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from chanscale import __version__
 from chanscale.attaching import attach_scales
 from chanscale.backbones import Preprocessing, build_backbone
+from chanscale.channels import output_width
 from chanscale.classifier import Classifier
 from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError
 from chanscale.files import write_atomically
@@ -46,7 +47,8 @@ class ModelInfo:
 
 def save_model(model: Classifier, info: ModelInfo, path: Path) -> Path:
     """Write the tensors of a scaled `model`, and `info` in the metadata, to one safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Clones: safetensors takes no tensor that bears two names.
+    tensors = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "chanscale": __version__, "info": json.dumps(asdict(info), sort_keys=True)}
     write_atomically(path, save(tensors, metadata))
     return path
@@ -84,8 +86,11 @@ def rebuild(info: ModelInfo, *, trunk: nn.Module | None = None) -> Classifier:
 
 def assemble(preprocessing: nn.Module, trunk: nn.Module, *, classes: tuple[str, ...]) -> Classifier:
     """Put a head behind `trunk` that is as wide as its last convolution."""
-    last = [module for module in trunk.modules() if isinstance(module, nn.Conv2d)][-1]
-    return Classifier(preprocessing, trunk, channels=last.out_channels, classes=classes)
+    return Classifier(preprocessing, trunk, channels=output_width(trunk), classes=classes)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:

@@ -1,14 +1,15 @@
 """Attach channel scales to a frozen network, and merge them back into plain convolutions."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from chanscale.channels import ChannelGroup, channel_groups
 from chanscale.errors import ModelError
-from chanscale.scaling import AbsorbedReLU, ChannelScale, FrozenBatchNorm2d, FrozenConv2d
+from chanscale.scaling import AbsorbedReLU, ChannelScale, FrozenBatchNorm2d, FrozenConv2d, ensure_affine
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -17,13 +18,14 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach_scales(model: Model) -> Model:
     """Return a copy of `model` with frozen convolutions and norms, and a scale of 1 on each channel.
 
-    The copy's outputs are the original's, bit for bit. All other layers (a head) stay as they were. Raises
-    UnsupportedTopologyError, or ModelError when the model has scales already.
+    The copy's outputs are the original's, bit for bit. Frozen weights are not copied but shared with `model`;
+    all other layers (a head) are copied as they are. Raises UnsupportedTopologyError, or ModelError when the
+    model has scales already.
     """
     groups = channel_groups(model)
     if any(group.scale for group in groups):
         raise ModelError("the network has channel scales already; merge_scales takes them out")
-    scaled = copy.deepcopy(model)
+    scaled = copy.deepcopy(model, {id(tensor): tensor for tensor in _frozen_tensors(model)})
     for name, module in list(scaled.named_modules()):
         if isinstance(module, nn.Conv2d):
             replace_module(scaled, name, FrozenConv2d.of(module))
@@ -59,15 +61,24 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the qualified `name` in `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` in the place of the module called `name`, under every name that it has in `model`."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [child for child, candidate in parent._modules.items() if candidate is old]:
+            setattr(parent, child, module)
+
+
+def _frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)
 
 
 def _insert_scale(model: nn.Module, group: ChannelGroup) -> None:
     anchor = model.get_submodule(group.anchor)
-    device = next(anchor.parameters()).device
-    anchor.scale = ChannelScale(group.width, relu=group.relu is not None).to(device)
+    conv = cast(nn.Conv2d, model.get_submodule(group.name))
+    anchor.scale = ChannelScale(group.width, relu=group.relu is not None, device=conv.weight.device)
     if group.relu is not None:
         replace_module(model, group.relu, AbsorbedReLU())
 
@@ -77,8 +88,7 @@ def _fold(anchor: nn.Module) -> None:
     assert isinstance(anchor, FrozenConv2d | FrozenBatchNorm2d)
     assert anchor.scale is not None
     scale = anchor.scale.weight
-    if anchor.weight is None:  # a norm without an affine map gets one
-        anchor.weight, anchor.bias = nn.Parameter(torch.ones_like(scale)), nn.Parameter(torch.zeros_like(scale))
-        anchor.affine = True
+    if isinstance(anchor, nn.BatchNorm2d):
+        ensure_affine(anchor, scale.device)
     for name, parameter in list(anchor.named_parameters(recurse=False)):
         setattr(anchor, name, nn.Parameter(scale_weight(parameter, scale), requires_grad=False))

@@ -74,11 +74,18 @@ class FitConfig(BaseModel):
     weigh_by: Weighting = Field(
         "uniform", description="Make channels pay the same, or by the parameters or MACs that they hold."
     )
+    concavity: float = Field(
+        3.0, ge=0, le=8, description="0: the penalty takes the same off every scale (plain L1); above: more off "
+        "small scales and less off large ones, which keeps the signal of those that stay.",
+    )
     threshold: float = Field(
         0.0, ge=0, lt=1, description="Channels whose scale is at most this are removed; at 0 every removal is exact."
     )
     scale_epochs: int = Field(10, ge=1, description="Epochs in which the scales shrink to the budget.")
-    refine_epochs: int = Field(15, ge=0, description="Epochs without the penalty, after the last removal.")
+    warm_epochs: int = Field(
+        0, ge=0, description="Of the scale epochs, how many train the scales before the penalty begins."
+    )
+    refine_epochs: int = Field(25, ge=0, description="Epochs without the penalty, after the last removal.")
     pressure: float = Field(
         0.4,
         gt=0,
@@ -87,7 +94,7 @@ class FitConfig(BaseModel):
         "agrees with itself more than this. Learning rate and penalty follow from it and from the budget.",
     )
     head_lr: float = Field(1e-2, gt=0, description="Learning rate of the head.")
-    refine_lr: float = Field(3e-3, gt=0, description="Learning rate of the scales in refinement, at its start.")
+    refine_lr: float = Field(1e-2, gt=0, description="Learning rate of the scales in refinement, at its start.")
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
@@ -103,6 +110,12 @@ class FitConfig(BaseModel):
     def _shares_leave_training_images(self) -> Self:
         if self.validation + self.test >= 0.9:
             raise ValueError("validation + test must be below 0.9, or nothing is left to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _penalty_has_time(self) -> Self:
+        if self.warm_epochs >= self.scale_epochs:
+            raise ValueError("warm_epochs must be below scale_epochs, or the penalty never begins")
         return self
 
     @classmethod

@@ -17,6 +17,8 @@ from chanscale.shrinking import BudgetPenalty, Scales
 from chanscale.state import Best, TrainingState, make_optimizer, scales_of
 
 
+import os
+MOMENTUM=float(os.environ.get("MOM","0.1")); SMOM=float(os.environ.get("SMOM","0"))
 class EpochRunner(Learner):
     """Runs epochs of a `TrainingState`, in place; holds what stays the same from one to the next."""
 
@@ -47,6 +49,7 @@ class EpochRunner(Learner):
         model, optimizer = self.fabric.setup(state.model, state.optimizer)
         scales = scales_of(state.model)
         model.train()
+        state.model.head.momentum = (None if SMOM==0 else SMOM * self.config.micro_batch / self.config.batch_size) if moment.phase == "scale" else MOMENTUM * self.config.micro_batch / self.config.batch_size
         losses, step = [], 0.0
         for done, batch in enumerate(self.train.epoch(moment.epoch)):
             self._set_learning_rates(state, scales, moment, done)
@@ -59,7 +62,9 @@ class EpochRunner(Learner):
         for_scales, for_head = state.optimizer.param_groups
         if moment.opens_stage and done == 0:
             # Adam moves a scale by at most lr: it outruns the penalty if its gradient agrees with itself.
-            state.scale_lr = self._step_size(scales, moment, done) / self.config.pressure
+            left = (moment.length - self._warm(moment)) * len(self.train)
+            step = self.penalty.step_size(scales, budget=moment.budget, batches_left=left)
+            state.scale_lr = step / self.config.pressure
         if moment.phase == "scale":
             for_scales["lr"], for_head["lr"] = state.scale_lr, self.config.head_lr
             return
@@ -71,21 +76,22 @@ class EpochRunner(Learner):
         weight = state.model.head.linear.weight
         if weight.grad is not None:
             weight.grad += 2 * self.config.head_decay * weight.detach()
-        kind = self.config.penalty if moment.phase == "scale" else None
+        kind = self.config.penalty if moment.phase == "scale" and moment.index >= self._warm(moment) else None
+        left = self._batches_left(moment, done)
         step = 0.0
         if kind == "gradient":
-            step = self._step_size(scales, moment, done)
-            self.penalty.add_gradient(scales, step / state.scale_lr)
+            step = self.penalty.add_gradient(scales, budget=moment.budget, batches_left=left, lr=state.scale_lr)
         optimizer.step()
         optimizer.zero_grad()
         if kind == "proximal":
-            step = self._step_size(scales, moment, done)
-            self.penalty.shrink(scales, step)
+            step = self.penalty.shrink(scales, budget=moment.budget, batches_left=left)
         return step
 
-    def _step_size(self, scales: Scales, moment: Moment, done: int) -> float:
-        left = (moment.length - moment.index) * len(self.train) - done
-        return self.penalty.step_size(scales, budget=moment.budget, batches_left=left)
+    def _warm(self, moment: Moment) -> int:
+        return self.config.warm_epochs if moment.stage == 0 else 0
+
+    def _batches_left(self, moment: Moment, done: int) -> int:
+        return (moment.length - moment.index) * len(self.train) - done
 
     def _remove(self, state: TrainingState, moment: Moment) -> float | None:
         """Remove what reached the threshold; at the end of the phase, down to the budget. Return the change."""

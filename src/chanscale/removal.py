@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chanscale.attaching import Model
-from chanscale.pruning import check_removal, mask_channels, prune_channels
+from chanscale.pruning import check_removal, mask_channels, output_change, prune_channels
 from chanscale.selection import ChannelSelection
 
 
@@ -17,7 +17,7 @@ class Removal(Generic[Model]):
     """A network without the channels that were not selected, and how far that changed it.
 
     `change`: largest change of an output on the example, relative to the largest output; rounding (below
-    1e-5) where every channel removed had a scale of exactly 0.
+    1e-8) where every channel removed had a scale of exactly 0.
     """
 
     model: Model
@@ -56,13 +56,6 @@ def remove_channels(
     )
 
 
-@torch.no_grad()
-def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float:
-    """Return the largest change of an output on `example`, relative to the largest output before."""
-    old, new = before.eval()(example), after.eval()(example)
-    return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
-
-
 def _prune_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, selection: ChannelSelection
 ) -> list[dict[str, Tensor]]:
@@ -80,7 +73,8 @@ def _prune_moment(
     model: nn.Module, optimizer: torch.optim.Optimizer, key: str, selection: ChannelSelection
 ) -> dict[str, Tensor]:
     """Prune one of Adam's moments as if it were the parameters, which it is shaped like."""
-    shadow = copy.deepcopy(model)
+    frozen = {id(p): p for p in model.parameters() if p not in optimizer.state}
+    shadow = copy.deepcopy(model, frozen)
     for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
         if parameter in optimizer.state:
             twin.data.copy_(optimizer.state[parameter][key])

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from chanscale.files import write_atomically
+from chanscale.wording import percent, shorten, size_on_disk
 
 Row = Mapping[str, Any]
 Widths = Mapping[str, int]
@@ -83,7 +83,7 @@ def draw_accuracy_size(history: Sequence[Row], metrics: Mapping[str, Any]) -> Fi
 
 def draw_channels(before: Widths, kept: Widths) -> Figure:
     """Draw a bar for each layer: the channels kept, the channels removed, and their numbers."""
-    figure = Figure(figsize=(max(7.2, 0.36 * len(before) + 1.5), 4.4), layout="constrained")
+    figure = Figure(figsize=(min(24, max(7.2, 0.36 * len(before) + 1.5)), 4.4), layout="constrained")
     axes = figure.add_subplot(ylabel="channels")
     left = [kept[name] for name in before]
     gone = [before[name] - kept[name] for name in before]
@@ -101,7 +101,7 @@ def draw_channels(before: Widths, kept: Widths) -> Figure:
     axes.tick_params(axis="x", length=0)
     total = sum(before.values())
     axes.set_title(
-        f"{sum(left):,} of {total:,} channels kept ({_percent(sum(left) / total)})", fontsize="medium"
+        f"{sum(left):,} of {total:,} channels kept ({percent(sum(left) / total)})", fontsize="medium"
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
@@ -113,12 +113,12 @@ def draw_channels(before: Widths, kept: Widths) -> Figure:
 
 def _caption(metrics: Mapping[str, Any]) -> str:
     parameters, images = metrics["parameters"], metrics["n"]
-    text = f"{_percent(parameters['removed'])} of the trunk's parameters removed"
+    text = f"{percent(parameters['removed'])} of the trunk's parameters removed"
     if parameters.get("full"):
-        text += f" ({_percent(parameters['removed_of_full'])} of the full network's)"
+        text += f" ({percent(parameters['removed_of_full'])} of the full network's)"
     if images:
         patients = metrics.get("patients", images)
-        text += f".\nMeasured on {images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
+        text += f".\n{images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
     return f"{text}."
 
 
@@ -131,7 +131,7 @@ def _size_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if "model" in size:  # a run that was not written to a folder has none
         before, after = size["trunk"], size["model"]
         change = _times(before, after, "smaller")
-        rows.append(("size on disk", f"{shorten(before)}B", f"{shorten(after)}B", change))
+        rows.append(("size on disk", size_on_disk(before), size_on_disk(after), change))
     return rows
 
 
@@ -152,19 +152,6 @@ def _times(before: float, after: float, word: str) -> str:
     return f"{before / after:.1f}x {word}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def shorten(number: float) -> str:
-    """Return a large number with three digits and a prefix, such as `14.7 M`; a small one as it is."""
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size * 0.9995:
-            value = number / size
-            return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {prefix}"
-    return f"{number:.0f} "
-
-
 # --- the history
 
 
@@ -183,7 +170,7 @@ def _points(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
 def _mark_chosen(axes: Axes, history: Sequence[Row], metrics: Mapping[str, Any]) -> None:
     for row in history:
         if row["epoch"] == metrics["best_epoch"]:
-            label = f"chosen: AUC {row['validation_auc']:.3f}, {_percent(row['parameters_removed'])} removed"
+            label = f"chosen: AUC {row['validation_auc']:.3f}, {percent(row['parameters_removed'])} removed"
             look: dict[str, Any] = {"color": _CHOSEN, "marker": "*", "s": 190, "edgecolor": "white"}
             axes.scatter(*_points([row]), **look, label=label, zorder=3)
 

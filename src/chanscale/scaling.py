@@ -19,9 +19,9 @@ class ChannelScale(nn.Module):
     changes until it is trained. Wong et al. 2021, the channel-scaling layer.
     """
 
-    def __init__(self, channels: int, *, relu: bool = False) -> None:
+    def __init__(self, channels: int, *, relu: bool = False, device: torch.device | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels, device=device))
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class FrozenConv2d(nn.Conv2d):
         """Return the frozen twin of `conv`; it shares the weights."""
         frozen = _conv_like(conv, cls)
         frozen.register_module("scale", None)
-        return frozen.requires_grad_(False)
+        return frozen
 
     def thaw(self) -> nn.Conv2d:
         """Return the plain convolution with the same weights, without the scale."""
@@ -62,7 +62,8 @@ class FrozenConv2d(nn.Conv2d):
         return output if self.scale is None else cast(Tensor, self.scale(output))
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and input.requires_grad and self.padding_mode == "zeros":
+        numeric = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if numeric and torch.is_grad_enabled() and input.requires_grad:
             return _frozen_conv(input, weight, bias, self)
         return cast(Tensor, super()._conv_forward(input, weight, bias))
 
@@ -77,7 +78,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         """Return the frozen twin of `norm`; it shares the weights and statistics."""
         frozen = _norm_like(norm, cls)
         frozen.register_module("scale", None)
-        return frozen.requires_grad_(False).train()
+        return frozen.train()
 
     def thaw(self) -> nn.BatchNorm2d:
         """Return the plain norm with the same weights and statistics, without the scale."""
@@ -93,6 +94,14 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         super().train(mode)
         self.training = False
         return self
+
+
+def ensure_affine(norm: nn.BatchNorm2d, device: torch.device) -> None:
+    """Give `norm`, in place, a weight of 1 and a bias of 0 if it has none."""
+    if norm.weight is None:
+        norm.affine = True
+        norm.weight = nn.Parameter(torch.ones(norm.num_features, device=device), requires_grad=False)
+        norm.bias = nn.Parameter(torch.zeros(norm.num_features, device=device), requires_grad=False)
 
 
 def soft_threshold(scale: Tensor, step: Tensor | float) -> Tensor:
@@ -158,12 +167,19 @@ def _conv_like(conv: nn.Conv2d, kind: type[Conv]) -> Conv:
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
         conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
     )  # fmt: skip
-    twin.weight, twin.bias = conv.weight, conv.bias
+    _share_frozen(conv, twin)
     return twin.train(conv.training)
 
 
 def _norm_like(norm: nn.BatchNorm2d, kind: type[Norm]) -> Norm:
     twin = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
-    twin._parameters.update(norm._parameters)
-    twin._buffers.update(norm._buffers)
+    _share_frozen(norm, twin)
     return twin.train(norm.training)
+
+
+def _share_frozen(layer: nn.Module, twin: nn.Module) -> None:
+    """Let `twin` use the tensors of `layer`, as parameters of its own that need no gradient."""
+    for name, parameter in layer._parameters.items():
+        shared = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+        twin.register_parameter(name, shared)
+    twin._buffers.update(layer._buffers)

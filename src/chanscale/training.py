@@ -11,6 +11,7 @@ from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
+from chanscale.devices import make_fabric
 from chanscale.epochs import EpochRunner
 from chanscale.errors import TrainingError
 from chanscale.probe import fit_probe
@@ -57,7 +58,8 @@ def fit(
 def start(model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig) -> TrainingState:
     """Attach scales to `model` and fit its head to the frozen features: where training starts from."""
     scaled = to_channels_last(attach_scales(model))
-    fit_probe(scaled, data, splits.train, batch_size=config.micro_batch)
+    with make_fabric(config).autocast():
+        fit_probe(scaled, data, splits.train, batch_size=config.micro_batch)
     kept = {group.name: torch.arange(group.width) for group in channel_groups(scaled)}
     return TrainingState(scaled, make_optimizer(scaled, config), kept)
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from chanscale.data.projection import Array, Frame
-
-Generator = np.random.Generator
+from chanscale.data.projection import Array, Frame, Generator
 
 SIDES = (-1, 1)
+APEX = 0.27  # how far the lung apices lie from the midline
+FLOOR = 0.6  # height of the costophrenic angles after a full breath
 RIBS = 10
 HILAR_BRANCHES = 9
 VESSEL_GENERATIONS = 5
@@ -36,6 +36,20 @@ class Build:
     breast: float  # 0 for none
     slope: float  # how far a rib falls from back to front
     breath: float  # how far this image's diaphragm stands above a full breath
+
+    def dome(self, side: int) -> float:
+        """Height of one dome of the diaphragm."""
+        return self.base - self.breath + (self.lag if side > 0 else 0.0)
+
+    def descent(self, y: Array) -> Array:
+        """Heights as a share of the way from the apices, 0, to the costophrenic angles, 1."""
+        share: Array = np.clip((y - self.apex) / (FLOOR - self.apex), 0, 1)
+        return share
+
+    def half_width(self, descent: Array) -> Array:
+        """Half width of the lungs at these shares of the way down."""
+        width: Array = APEX + (self.chest - APEX) * np.sqrt(1 - (1 - descent) ** 2.6)
+        return width
 
 
 def draw_build(rng: Generator, *, breath: float) -> Build:
@@ -92,11 +106,12 @@ def _arms(frame: Frame, build: Build, rng: Generator, top: float) -> Array:
     down = frame.y - (top + 0.17)
     hang = np.clip(down, 0, None)
     off = np.abs(frame.x) - (root + spread * hang)
-    away = np.where(down < 0, off**2 + down**2, off**2) / radius**2
-    arm = 2 * radius * np.sqrt(np.clip(1 - away, 0, None))
-    head = 0.09 * np.clip(1 - hang / 0.2, 0, 1) + 0.05
-    bone = np.sqrt(np.clip(1 - (np.where(down < 0, off**2 + down**2, off**2)) / head**2, 0, None))
-    return arm + 0.1 * build.bone * bone * (arm > 0)
+    away = off**2 + np.minimum(down, 0) ** 2
+    arm = 2 * radius * np.sqrt(np.clip(1 - away / radius**2, 0, None))
+    humerus = 0.09 * np.clip(1 - hang / 0.2, 0, 1) + 0.05
+    bone = np.sqrt(np.clip(1 - away / humerus**2, 0, None))
+    limb: Array = arm + 0.1 * build.bone * bone * (arm > 0)
+    return limb
 
 
 def breasts(frame: Frame, build: Build, rng: Generator) -> Array:
@@ -113,17 +128,15 @@ def breasts(frame: Frame, build: Build, rng: Generator) -> Array:
 
 def abdomen_gas(frame: Frame, build: Build, rng: Generator) -> Array:
     """Air in the stomach, under the left dome, and in the colon; absent in many."""
-    total = np.zeros_like(frame.x)
-    dome = build.base - build.breath + build.lag
+    total, dome = np.zeros_like(frame.x), build.dome(1)
     if rng.random() < 0.35:
         width, height = rng.uniform(0.06, 0.17), rng.uniform(0.04, 0.1)
         x, y = rng.uniform(0.24, 0.42), dome + height + rng.uniform(0.03, 0.08)
         total += rng.uniform(0.1, 0.4) * frame.ellipse(x, y, width, height, angle=rng.normal(0, 0.2))
     for _ in range(rng.integers(0, 4)):
         x, y, radius = rng.uniform(-0.5, 0.6), rng.uniform(dome + 0.3, 1.1), rng.uniform(0.03, 0.07)
-        total += (
-            rng.uniform(0.05, 0.2) * frame.ellipse(x, y, radius * 1.5, radius, angle=rng.normal(0, 0.6)) ** 2
-        )
+        loop = frame.ellipse(x, y, radius * 1.5, radius, angle=rng.normal(0, 0.6))
+        total += rng.uniform(0.05, 0.2) * loop**2
     return total
 
 
@@ -131,33 +144,29 @@ def abdomen_gas(frame: Frame, build: Build, rng: Generator) -> Array:
 
 
 def lung(frame: Frame, build: Build, side: int) -> Array:
-    """Air of one lung before the heart takes its place: apex, costophrenic angle and dome of diaphragm."""
-    centre, medial = 0.27, 0.075
-    height = np.clip((frame.y - build.apex) / (0.6 - build.apex), 0, 1)
-    outer = centre + (build.chest - centre) * np.sqrt(1 - (1 - height) ** 2.6)
-    inner = medial + (centre - medial) * np.clip(1 - height / 0.28, 0, 1) ** 2
-    lateral = side * frame.x
-    across = 2 * (lateral - inner) / np.clip(outer - inner, 1e-3, None) - 1
+    """Air of one lung before the heart and the diaphragm take their places."""
+    medial, descent = 0.075, build.descent(frame.y)
+    outer = build.half_width(descent)
+    inner = medial + (APEX - medial) * np.clip(1 - descent / 0.28, 0, 1) ** 2
+    across = 2 * (side * frame.x - inner) / np.clip(outer - inner, 1e-3, None) - 1
     section = np.sqrt(np.clip(1 - np.abs(across) ** 3.5, 0, None))
-    depth = build.lung * np.clip(height / 0.45, 0, 1) ** 0.55
-    return section * depth
+    air: Array = section * build.lung * np.clip(descent / 0.45, 0, 1) ** 0.55
+    return air
 
 
 def above_diaphragm(frame: Frame, build: Build, side: int) -> Array:
     """Share of the beam that passes above the dome; it falls like a root below it, a sharp edge."""
-    lateral, y = side * frame.x, frame.y
-    crest = 0.3
-    dome = build.base - build.breath + (build.lag if side > 0 else 0.0)
+    lateral, crest = side * frame.x, 0.3
     outwards = np.clip((lateral - crest) / (build.chest - crest), 0, None)
     inwards = np.clip((crest - lateral) / crest, 0, None)
-    height = dome + 0.2 * outwards**2.2 + 0.06 * inwards**2
-    return np.clip(1 - np.sqrt(np.clip((y - height) / 0.16, 0, None)), 0, 1)
+    height = build.dome(side) + 0.2 * outwards**2.2 + 0.06 * inwards**2
+    share: Array = np.clip(1 - np.sqrt(np.clip((frame.y - height) / 0.16, 0, None)), 0, 1)
+    return share
 
 
 def heart(frame: Frame, build: Build, rng: Generator) -> Array:
     """Both ventricles, the right atrium, the aortic knob, the pulmonary trunk and the descending aorta."""
-    size, front = rng.normal(1, 0.1), frame.pose.turn
-    dome = build.base - build.breath
+    size, front, dome = rng.normal(1, 0.1), frame.pose.turn, build.dome(-1)
     angle, knob = rng.uniform(0.75, 1.05), rng.uniform(0.06, 0.1)
     ventricle = frame.distance(0.13 + front, dome - 0.06, 0.36 * size, 0.24 * size, angle=angle)
     atrium = frame.distance(-0.03 + front, dome - 0.06, 0.15 * size, 0.24 * size)
@@ -165,7 +174,9 @@ def heart(frame: Frame, build: Build, rng: Generator) -> Array:
     trunk = frame.distance(0.06 + front, build.apex + 0.56, rng.uniform(0.08, 0.12), 0.16)
     aorta = frame.distance(0.06 - front, build.apex + 0.9, 0.07, 0.6)
     shapes = ((ventricle, 0.6), (atrium, 0.45), (arch, 0.34), (trunk, 0.36), (aorta, 0.14))
-    return np.maximum.reduce([depth * np.clip(1 - away, 0, None) ** 0.35 for away, depth in shapes])
+    # A power below a half makes the sides steeper than an ellipsoid's: the borders show clearly.
+    total: Array = np.maximum.reduce([depth * np.clip(1 - away, 0, None) ** 0.35 for away, depth in shapes])
+    return total
 
 
 def airway(frame: Frame, build: Build, rng: Generator) -> Array:
@@ -181,11 +192,11 @@ def airway(frame: Frame, build: Build, rng: Generator) -> Array:
 
 def vessels(frame: Frame, build: Build, rng: Generator) -> Array:
     """Branching lung vessels that leave the hila and taper outwards."""
-    side = np.repeat(SIDES, HILAR_BRANCHES)
-    angle = np.tile(np.linspace(-1.25, 1.5, HILAR_BRANCHES), 2) + rng.normal(0, 0.12, len(side))
-    hilum = build.apex + np.where(side < 0, 0.58, 0.53)
-    at = np.stack([side * 0.13, hilum + 0.12 * np.sin(angle)], -1)
-    radius = rng.uniform(0.85, 1.2) * rng.uniform(0.018, 0.034, len(side))
+    side: Array = np.repeat(SIDES, HILAR_BRANCHES).astype(np.float32)
+    angle: Array = np.tile(np.linspace(-1.25, 1.5, HILAR_BRANCHES), 2) + rng.normal(0, 0.12, len(side))
+    hilum = build.apex + np.where(side < 0, 0.58, 0.53)  # the left one stands higher
+    at: Array = np.stack([side * 0.13, hilum + 0.12 * np.sin(angle)], -1)
+    radius: Array = rng.uniform(0.85, 1.2) * rng.uniform(0.018, 0.034, len(side))
     total = 0.12 * frame.ellipse(-0.14, build.apex + 0.58, 0.07, 0.12, angle=0.3)
     total += 0.12 * frame.ellipse(0.14, build.apex + 0.53, 0.07, 0.12, angle=-0.3)
     for generation in range(VESSEL_GENERATIONS):
@@ -213,34 +224,30 @@ def _grow(
 
 def ribs(frame: Frame, build: Build, rng: Generator) -> Array:
     """Ribs as half rings around the chest that fall towards the front, where they fade into cartilage."""
-    pitch = (0.6 - build.apex) / 10.2 * rng.normal(1, 0.02)
+    pitch = (FLOOR - build.apex) / 10.2 * rng.normal(1, 0.02)
     level = build.apex + 0.03 + pitch * np.arange(RIBS)[:, None]
     fall = build.slope * np.linspace(0.5, 1.1, RIBS)[:, None]
     turn = 0.12 + np.linspace(0, 1, 40) * np.linspace(2.35, 1.6, RIBS)[:, None]
-    rise = np.clip((level + fall / 2 - build.apex) / (0.6 - build.apex), 0, 1)
-    reach = 0.27 + (build.chest + 0.02 - 0.27) * np.sqrt(1 - (1 - rise) ** 2.6)
+    reach = build.half_width(build.descent(level + fall / 2)) + 0.015
     y = level + fall * (1 - np.cos(turn)) / 2 + rng.normal(0, 0.004, (RIBS, 1))
     thin = np.linspace(0.026, 0.018, RIBS)[:, None] * np.sqrt(np.clip((2.5 - turn) / 0.93, 0, 1))
-    both = [
-        np.stack([side * reach * np.sin(turn), y + rng.normal(0, 0.006, (RIBS, 1))], -1) for side in SIDES
-    ]
-    paths = np.concatenate(both) - frame.pose.turn * np.cos(np.tile(turn, (2, 1)))[..., None] * [1, 0]
-    total = frame.tubes(paths, np.tile(thin, (2, 1)), rim=0.8)
-    return 1.4 * build.bone * total
+    x = reach * np.sin(turn)
+    paths = np.stack([np.concatenate([-x, x]), np.tile(y, (2, 1))], -1)
+    paths[..., 1] += rng.normal(0, 0.006, (2 * RIBS, 1))
+    paths[..., 0] -= frame.pose.turn * np.cos(np.tile(turn, (2, 1)))
+    return 1.4 * build.bone * frame.tubes(paths, np.tile(thin, (2, 1)), rim=0.8)
 
 
 def shoulder_girdle(frame: Frame, build: Build, rng: Generator) -> Array:
-    """Clavicles, the borders of the scapulae and the heads of the humeri."""
+    """Clavicles, and the borders and spines of the scapulae."""
     total, rise, out = np.zeros_like(frame.x), rng.uniform(0.0, 0.16), rng.uniform(-0.02, 0.12)
     chest, apex = build.chest, build.apex
     for side in SIDES:
-        middle = 1.5 * frame.pose.turn * side
-        x = side * np.array([0.06, 0.16, 0.3, 0.46, 0.6, 0.7]) * (chest / 0.62) + side * middle
+        x = side * np.array([0.06, 0.16, 0.3, 0.46, 0.6, 0.7]) * (chest / 0.62) + 1.5 * frame.pose.turn
         y = (
             apex
-            + 0.17
+            + np.array([0.17, 0.19, 0.17, 0.14, 0.14, 0.17])
             - rise * np.array([0, 0.2, 0.5, 0.85, 1, 0.9])
-            + np.array([0, 0.02, 0.0, -0.03, -0.03, 0])
         )
         clavicle = np.array([[0.032, 0.024, 0.02, 0.02, 0.023, 0.026]])
         total += 1.5 * frame.tubes(np.stack([x, y], -1)[None], clavicle, rim=0.7)
@@ -259,4 +266,5 @@ def spine(frame: Frame, build: Build, rng: Generator) -> Array:
     across = (frame.x - lean) / (0.075 + 0.006 * np.cos(phase) + 0.02 * np.clip(frame.y, -0.5, 1))
     body = np.sqrt(np.clip(1 - across**4, 0, None)) * (0.8 + 0.2 * np.tanh(2 * np.cos(phase)))
     process = np.exp(-((across / 0.22) ** 2)) * np.clip(np.cos(phase + 2), 0, 1) ** 2
-    return build.bone * (0.1 * body + 0.06 * process) * np.clip(0.75 + 0.35 * frame.y, 0.4, 1.3)
+    column: Array = (0.1 * body + 0.06 * process) * np.clip(0.75 + 0.35 * frame.y, 0.4, 1.3)
+    return build.bone * column

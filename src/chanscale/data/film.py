@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from chanscale.data.projection import Array, Frame, Pose
-
-Generator = np.random.Generator
+from chanscale.data.projection import Array, Frame, Generator, Pose
 
 WATER = 3.4  # attenuation of water per patient unit: 0.17 per cm at 120 kVp, and 20 cm to the unit
 
@@ -65,25 +63,32 @@ def develop(frame: Frame, thickness: Array, usual: Array, exposure: Exposure, rn
     noisy = signal + np.sqrt(signal / quanta) * rng.standard_normal(signal.shape, np.float32)
     density = -np.log(np.clip(noisy, 1e-4, None))
     density += exposure.edge * (density - uniform_filter(density, _odd(0.1 / frame.pixel)))
-    reference = -np.log(_transmit(frame, usual, exposure))[
-        :: max(1, frame.size // 64), :: max(1, frame.size // 64)
-    ]
+    return _display(density, -np.log(_transmit(frame, usual, exposure)), exposure)
+
+
+def _display(density: Array, reference: Array, exposure: Exposure) -> Array:
+    """Grey in [0, 1]: a window from the darkest lung to the mediastinum of `reference`, then a sigmoid."""
+    step = max(1, len(reference) // 64)  # a few thousand pixels are enough for two quantiles
+    reference = reference[::step, ::step]
     low, high = np.quantile(reference[reference > 0.25 * reference.max()], [0.04, 0.85])
     span = high - low
     level = (density - low + exposure.dark * span) / (span * (1 + exposure.dark + exposure.bright))
-    middle = 1 / (1 + np.exp(-exposure.curve * 2 * (level - 0.55)))
-    bottom, top = 1 / (1 + np.exp(exposure.curve * 1.1)), 1 / (1 + np.exp(-exposure.curve * 0.9))
-    return np.clip((middle - bottom) / (top - bottom), 0, 1).astype(np.float32)
+    grey, black, white = (1 / (1 + np.exp(-exposure.curve * (2 * at - 1.1))) for at in (level, 0.0, 1.0))
+    shown: Array = np.clip((grey - black) / (white - black), 0, 1).astype(np.float32)
+    return shown
 
 
 def _transmit(frame: Frame, thickness: Array, exposure: Exposure) -> Array:
     """Beer and Lambert, then scatter, which is a wide blur of the same, then unsharpness."""
     primary = np.exp(-WATER * thickness)
     width = _odd(0.22 / frame.pixel)
-    wide = uniform_filter(
-        uniform_filter(np.minimum(primary, 0.4), width, mode="nearest"), width, mode="nearest"
-    )
-    return gaussian_filter(primary + exposure.scatter * wide, exposure.blur / frame.pixel, truncate=3)
+    # Air beside the patient scatters little: its bright beam must not veil the shoulders.
+    wide = np.minimum(primary, 0.4)
+    for _ in range(2):
+        wide = uniform_filter(wide, width, mode="nearest")
+    sharp = primary + exposure.scatter * wide
+    blurred: Array = gaussian_filter(sharp, exposure.blur / frame.pixel, truncate=3)
+    return blurred
 
 
 def _odd(pixels: float) -> int:
@@ -131,8 +136,9 @@ def skin_fold(frame: Frame, rng: Generator) -> Array:
     """Thickness of a fold of skin: it rises towards a long edge and ends there; none for most films."""
     x, slant, sign, strength = rng.uniform(0.25, 0.6), rng.normal(0, 0.25), rng.choice([-1, 1]), rng.random()
     beyond = sign * (frame.x - sign * x) - slant * frame.y + 0.1 * frame.y**2
-    fold = np.exp(np.minimum(beyond, 0) / 0.12) * (beyond < 0) * (np.abs(frame.y + 0.1) < 0.6)
-    return (0.08 * max(0.0, strength - 0.8) / 0.2 * fold).astype(np.float32)
+    fold = np.exp(np.minimum(beyond, 0) / 0.12) * (beyond < 0) * np.clip(4 - 6 * np.abs(frame.y + 0.1), 0, 1)
+    thickness: Array = 0.4 * max(0.0, strength - 0.8) * fold
+    return thickness
 
 
 def label_film(film: Array, frame: Frame, rng: Generator) -> Array:

@@ -30,18 +30,17 @@ from PIL import Image
 
 from chanscale.data import anatomy, film
 from chanscale.data.anatomy import Build
-from chanscale.data.projection import Array, Frame
+from chanscale.data.projection import Array, Frame, Generator
 from chanscale.errors import ConfigError, DataError
 
 Box = tuple[float, float, float, float]
-Generator = np.random.Generator
 
 CLASSES = ("normal", "opacity")
 SIZES = (64, 1024)
 AIR = 0.72  # share of a lung's thickness that is air; the rest is tissue and blood
 OPACITIES = (0.55, 0.3, 0.15)  # how often a patient has one, two or three
-CONTRAST = (0.45, 1.0)  # share of the air that an opacity replaces at its middle
-RADIUS = (0.09, 0.21)  # half axes of an opacity, in patient units (2 to 5 cm)
+CONTRAST = (0.5, 1.0)  # share of the air that an opacity replaces at its middle
+RADIUS = (0.08, 0.2)  # half axes of an opacity, in patient units (2 to 5 cm)
 EDGE = 0.35  # a box holds what is above this share of the opacity's maximum
 REPEATS = 0.3  # share of patients with a second film
 
@@ -157,7 +156,8 @@ def _air(frame: Frame, build: Build, rng: Generator) -> Array:
         * anatomy.above_diaphragm(frame, build, side)
         for side in anatomy.SIDES
     )
-    return np.maximum(right, left)
+    air: Array = np.maximum(right, left)
+    return air
 
 
 def _thickness(frame: Frame, build: Build, air: Array, body: Generator, shot: Generator) -> Array:
@@ -170,7 +170,8 @@ def _thickness(frame: Frame, build: Build, air: Array, body: Generator, shot: Ge
     markings = 1 + body.uniform(0.015, 0.05) * frame.cloud(body, 24, 45, 80)
     applied = film.hardware(frame, shot) + film.skin_fold(frame, shot)
     total = soft + bones + 1.2 * vessels + applied - AIR * air * markings - 0.8 * hollow
-    return np.clip(total, 0, None) * (soft > 0)
+    thickness: Array = np.clip(total, 0, None) * (soft > 0)
+    return thickness
 
 
 # --- opacities
@@ -186,7 +187,7 @@ def _place(frame: Frame, build: Build, air: Array, rng: Generator) -> tuple[floa
     """Middle of an opacity: the first of eight places in the lungs with air enough to show it."""
     side = rng.choice(anatomy.SIDES, 8)
     x = side * rng.uniform(0.17, build.chest - 0.12, 8)
-    y = rng.uniform(build.apex + 0.22, build.base - build.breath + 0.06, 8)
+    y = rng.uniform(build.apex + 0.22, build.dome(-1) + 0.06, 8)
     column, row = (np.clip(np.rint(at), 0, frame.size - 1).astype(int) for at in frame.to_pixels(x, y))
     chosen = int(np.argmax(np.minimum(air[row, column], 0.25)))
     return float(x[chosen]), float(y[chosen])
@@ -198,7 +199,7 @@ def _cloud(frame: Frame, x: float, y: float, rng: Generator) -> Array:
     away = frame.distance(x, y, width, height, angle=rng.uniform(0, np.pi))
     ragged = np.clip(1.25 * np.exp(0.35 * frame.cloud(rng, 7, 14) - 1.1 * away), 0, 1)
     texture = np.clip(1 + 0.25 * frame.cloud(rng, 20, 36), 0.2, 1.6)
-    filled: Array = (rng.uniform(*CONTRAST) * ragged * texture).astype(np.float32)
+    filled: Array = np.clip(rng.uniform(*CONTRAST) * ragged * texture, 0, 1)
     return filled
 
 

@@ -6,11 +6,13 @@ side of an unposed image, about 20 cm. Thicknesses along the beam are in the sam
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
+Generator = np.random.Generator
 
 POINT_SPACING = 0.8  # pixels between the points that draw a tube: below 1, so that no gaps appear
 
@@ -30,7 +32,10 @@ class Pose:
 
 
 class Frame:
-    """A square grid of pixels seen through a pose; `x` and `y` hold patient coordinates, shape (size, size)."""
+    """A square grid of pixels seen through a pose.
+
+    `x` and `y` hold the patient coordinates of the pixels, shape (size, size).
+    """
 
     def __init__(self, size: int, pose: Pose) -> None:
         self.size = size
@@ -104,7 +109,8 @@ class Frame:
 
     def ellipse(self, x: float, y: float, width: float, height: float, *, angle: float = 0.0) -> Array:
         """Thickness, 0 to 1, of an ellipsoid at (x, y) with these half axes, turned by `angle` radians."""
-        return np.sqrt(np.clip(1 - self.distance(x, y, width, height, angle=angle), 0, None))
+        depth: Array = np.sqrt(np.clip(1 - self.distance(x, y, width, height, angle=angle), 0, None))
+        return depth
 
     def distance(self, x: float, y: float, width: float, height: float, *, angle: float = 0.0) -> Array:
         """Squared distance from (x, y) in units of the half axes: 1 on the ellipse, shape (size, size)."""
@@ -113,7 +119,7 @@ class Frame:
         across, along = cosine * right + sine * down, cosine * down - sine * right
         return (across / np.float32(width)) ** 2 + (along / np.float32(height)) ** 2
 
-    def cloud(self, rng: np.random.Generator, *cells: int) -> Array:
+    def cloud(self, rng: Generator, *cells: int) -> Array:
         """Smooth random field of mean 0 and deviation about 1; each of `cells` adds details that fine."""
         total = np.zeros((self.size, self.size), np.float32)
         for count in cells:
@@ -123,7 +129,7 @@ class Frame:
         return total * np.float32(2 / np.sqrt(len(cells)))
 
 
-def _spline_basis(size: int, cells: int) -> NDArray[np.float64]:
+def _spline_basis(size: int, cells: int) -> Array:
     """Uniform cubic B-splines at the pixel centres, shape (size, cells + 3)."""
     position = (np.arange(size) + 0.5) / size * cells
     distance = np.abs(position[:, None] - (np.arange(cells + 3) - 1))

@@ -1,0 +1,267 @@
+"""The commands: each reads its options, orders the steps, and shows what they came to.
+
+Torch takes seconds to import, so a command imports what it needs when it runs, and `--help` stays quick.
+"""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chanscale import __version__, demo
+from chanscale.cli_options import (
+    DataArgument,
+    JsonOption,
+    ResumeOption,
+    RunArgument,
+    SkipOption,
+    merge_config,
+    with_config_options,
+)
+from chanscale.config import FitConfig
+from chanscale.display import (
+    complain,
+    describe_evaluation,
+    describe_predictions,
+    describe_rows,
+    out,
+    program,
+    say,
+    show_json,
+    steps_of,
+    watching,
+)
+from chanscale.wording import size_on_disk
+
+if TYPE_CHECKING:
+    from chanscale.data import ImageSet
+    from chanscale.pipeline import Run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+weights_app = typer.Typer(help="Pretrained weights: what there is, and getting them.")
+app.add_typer(weights_app, name="weights")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chanscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def chanscale(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turn a large pretrained CNN and a small labelled image set into a small, exact classifier.
+
+    Research software: not a medical device, and no output of it is a diagnosis.
+    """
+
+
+@app.command()
+@with_config_options
+def fit(
+    data: DataArgument,
+    out_folder: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to make.")],
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="YAML file of options; the command line goes before it."
+        ),
+    ] = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Scale, select and remove channels, and write a run folder.
+
+    It holds the small classifier, its figures, the split, the history and the configuration.
+    """
+    config = merge_config(given, config_file)
+    _show_run(_fit(data, out_folder, config, resume=resume), as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    run_folder: RunArgument,
+    data: DataArgument,
+    group_pattern: Annotated[
+        str | None, typer.Option(help=str(FitConfig.model_fields["group_pattern"].description))
+    ] = None,
+    skip_bad: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a run on labelled images that it has not seen."""
+    from chanscale.artifact import load_model
+    from chanscale.data import decode_images, open_images
+    from chanscale.evaluation import evaluate as judge
+
+    model, info = load_model(run_folder)
+    images = open_images(data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad)
+    _warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
+    with watching() as watcher:
+        decoded = decode_images(
+            images,
+            image_size=info.image_size,
+            skip_bad=skip_bad,
+            progress=steps_of(watcher, "decoding images"),
+        )
+        judged = judge(model, decoded, progress=steps_of(watcher, "evaluating")).to_dict()
+    _report_skipped(decoded.images.skipped)
+    if as_json:
+        show_json(judged)
+    else:
+        out.print(describe_evaluation(judged))
+
+
+@app.command()
+def predict(
+    run_folder: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, or folders of images.")],
+    table: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="CSV table to write, e.g. predictions.csv.")
+    ] = None,
+    skip_bad: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which class a run sees in images, and how probably."""
+    from chanscale.artifact import load_model
+    from chanscale.files import write_atomically
+    from chanscale.predictions import predict_images
+
+    model, info = load_model(run_folder)
+    with watching() as watcher:
+        predictions = predict_images(
+            model, info, images, skip_bad=skip_bad,
+            decoding=steps_of(watcher, "decoding images"), predicting=steps_of(watcher, "predicting"),
+        )  # fmt: skip
+    _report_skipped(predictions.skipped)
+    if table is not None:
+        write_atomically(table, predictions.to_csv())
+        complain(f"wrote {table}")
+    rows = predictions.to_dicts()
+    if as_json:
+        show_json(rows)
+    elif table is None:
+        out.print(describe_predictions(rows))
+
+
+@weights_app.command("list")
+def list_weights(as_json: JsonOption = False) -> None:
+    """Say which backbones there are, and which are in the cache."""
+    from dataclasses import asdict
+
+    from chanscale.weights import weights_status
+
+    statuses = weights_status()
+    if as_json:
+        show_json([asdict(status) | {"path": status.path and str(status.path)} for status in statuses])
+        return
+    rows = [(s.name, str(s.path or "not fetched"), size_on_disk(s.bytes), s.licence) for s in statuses]
+    out.print(describe_rows(("backbone", "cache", "size", "licence"), rows))
+
+
+@weights_app.command("fetch")
+def fetch_weights(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Backbone.")] = "vgg16",
+    as_json: JsonOption = False,
+) -> None:
+    """Download pretrained weights into the cache, and verify each tensor."""
+    from chanscale import weights
+
+    with watching() as watcher:
+        path = weights.fetch_weights(name, progress=watcher.on_step)
+    if as_json:
+        show_json({"name": name, "path": str(path)})
+    else:
+        typer.echo(path)
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    count: Annotated[int, typer.Option(help="Number of images.")] = 600,
+    size: Annotated[int, typer.Option(help="Side of each image, in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="Fixes every image.")] = 0,
+) -> None:
+    """Draw procedural chest radiographs to try things on.
+
+    One half shows opacities, whose boxes stand in boxes.csv. No substitute for patients.
+    """
+    _draw_phantoms(folder, count=count, size=size, seed=seed)
+    typer.echo(folder)
+
+
+@app.command("demo")
+def run_demo(
+    out_folder: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to make.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer, smaller images: to see that it works.")
+    ] = False,
+    resume: ResumeOption = False,
+) -> None:
+    """Go the whole way on phantoms, from drawing to figures."""
+    from chanscale.runs import RunFolder
+
+    chosen = demo.QUICK if quick else demo.FULL
+    folder = chosen.folder_beside(out_folder)
+    RunFolder.open(out_folder, chosen.config, resume=resume)  # says no before there is anything to wait for
+    if not folder.exists():
+        _draw_phantoms(folder, count=chosen.images, size=chosen.image_size, seed=chosen.config.seed)
+    _show_run(_fit(folder, out_folder, chosen.config, resume=resume), as_json=False)
+    say("The same on your images, in a folder that holds a folder for each class:")
+    say(f"    {program()} fit YOUR_IMAGES --out runs/mine --budget {chosen.config.budget}")
+
+
+def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "Run":
+    from chanscale.data import open_images
+    from chanscale.pipeline import scale_and_select
+    from chanscale.runs import RunFolder
+
+    RunFolder.open(out_folder, config, resume=resume)
+    images = open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
+    _warn_about_patients(images, config.group_pattern, "who may then stand on two sides of the split")
+    with watching(config) as watcher:
+        return scale_and_select(
+            config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
+        )
+
+
+def _warn_about_patients(images: "ImageSet", group_pattern: str | None, danger: str) -> None:
+    from chanscale.data import suggest_group_pattern
+
+    pattern = suggest_group_pattern(images) if group_pattern is None else None
+    if pattern is not None:
+        option = f"--group-pattern {shlex.quote(pattern)}"
+        complain(f"warning: file names look as if patients had several images, {danger}; if so, add {option}")
+
+
+def _draw_phantoms(folder: Path, *, count: int, size: int, seed: int) -> None:
+    from chanscale.data.phantoms import write_phantoms
+
+    with watching() as watcher:
+        progress = steps_of(watcher, "drawing phantoms")
+        write_phantoms(folder, count=count, image_size=size, seed=seed, progress=progress)
+
+
+def _show_run(run: "Run", *, as_json: bool) -> None:
+    from chanscale.report import describe_run
+
+    if as_json:
+        show_json({"run": str(run.folder), **run.metrics})
+        return
+    out.print(describe_run(run.metrics))
+    say(f"Run folder: {run.folder}")
+    say(f"Use it: {program()} predict {shlex.quote(str(run.folder))} IMAGE")
+    say(run.metrics["notice"])
+
+
+def _report_skipped(names: tuple[str, ...]) -> None:
+    if names:
+        complain(f"warning: left out {len(names)} unreadable images: {', '.join(names)}")

@@ -1,0 +1,98 @@
+"""What a model says about images whose classes are not known."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chanscale.artifact import ModelInfo
+from chanscale.classifier import Classifier
+from chanscale.data.images import IMAGE_SUFFIXES
+from chanscale.data.loading import decode_images
+from chanscale.data.sources import ImageRecord, ImageSet
+from chanscale.errors import DataError
+from chanscale.evaluation import predict
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities (N, K) of `classes` for the images `names`; `skipped` were unreadable."""
+
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    probabilities: NDArray[np.float32]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """The most probable class of each image."""
+        return tuple(self.classes[index] for index in self.probabilities.argmax(1))
+
+    def to_csv(self) -> str:
+        """Return a table with the columns image, predicted and, for each class, `probability_<class>`."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image", "predicted", *(f"probability_{name}" for name in self.classes)])
+        for name, predicted, shares in zip(self.names, self.predicted, self.probabilities, strict=True):
+            writer.writerow([name, predicted, *(f"{share:.8g}" for share in shares)])
+        return text.getvalue()
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return for each image its name, the predicted class, and the probability of each class."""
+        return [
+            {
+                "image": name,
+                "predicted": predicted,
+                "probabilities": dict(zip(self.classes, shares, strict=True)),
+            }
+            for name, predicted, shares in zip(
+                self.names, self.predicted, self.probabilities.tolist(), strict=True
+            )
+        ]
+
+
+def predict_images(
+    model: Classifier,
+    info: ModelInfo,
+    paths: Sequence[Path],
+    *,
+    skip_bad: bool = False,
+    decoding: Progress | None = None,
+    predicting: Progress | None = None,
+) -> Predictions:
+    """Return what `model` says about image files, and about all images in folders.
+
+    `info`: what the model's file says of it. `decoding` and `predicting` hear of images done, of all. Raises
+    DataError, and UnreadableImageError unless `skip_bad` leaves such images out.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
+    # No class is known: the label stands empty, and `predict` does not look at it.
+    records = tuple(ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
+    images = ImageSet(paths[0], info.classes, records)
+    data = decode_images(images, image_size=info.image_size, skip_bad=skip_bad, progress=decoding)
+    probabilities, _ = predict(model, data, range(len(data)), progress=predicting)
+    names = tuple(record.name for record in data.images.records)
+    return Predictions(names, info.classes, probabilities, data.images.skipped)
+
+
+def _find_images(path: Path) -> Iterable[Path]:
+    if not path.exists():
+        raise DataError(f"{path} does not exist; wanted an image, or a folder of images.")
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if _is_image(file.relative_to(path)) and file.is_file())
+    if not found:
+        raise DataError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); pass another folder.")
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden

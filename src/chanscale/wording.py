@@ -1,0 +1,20 @@
+"""Numbers as people read them."""
+
+
+def shorten(number: float) -> str:
+    """Return a large number with three digits and a prefix, such as `14.7 M`; a small one as it is."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {prefix}"
+    return f"{number:.0f}"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, with one digit: `96.4 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def size_on_disk(count: float) -> str:
+    """Return a number of bytes: `58.9 MB`."""
+    text = shorten(count)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"

@@ -1,0 +1,702 @@
+"""What a user of the command line meets; the network is tiny, and everything else is real."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+import tiny_backbone
+from chanscale import __version__, cli, demo, display, pipeline
+from chanscale.classifier import probabilities
+from chanscale.config import FitConfig
+from chanscale.data import phantoms, read_image
+from chanscale.errors import TrainingError
+from chanscale.progress import Watcher
+from chanscale.schedule import plan_epochs
+from test_report import metrics
+
+OPTIONS = [
+    "--backbone=tiny", "--image-size=32", "--budget=0.5", "--round-to=1", "--scale-epochs=2",
+    "--refine-epochs=1", "--precision=32-true", "--group-pattern=^(\\d+)_", "--batch-size=8",
+    "--micro-batch=8", "--workers=0",
+]  # fmt: skip
+HEAVY = ("torch", "sklearn", "matplotlib", "lightning_fabric", "scipy")
+
+
+def draw(folder: Path, patients: int = 24, classes: tuple[str, ...] = ("clear", "spot")) -> Path:
+    """Write two images of each patient to a folder per class: noise, in the second with a bright spot."""
+    rng = np.random.default_rng(3)
+    for patient in range(patients):
+        label = patient % len(classes)
+        for film in range(2):
+            pixels = rng.integers(0, 120, (32, 32), dtype=np.uint8)
+            pixels[8:24, 8:24] += np.uint8(100 * label)
+            path = folder / classes[label] / f"{patient:03}_{film}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+def words(capsys) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def error_of(capsys, arguments) -> str:
+    """Run a command that must fail; return its one line."""
+    code = cli.run([str(argument) for argument in arguments])
+    out, err = words(capsys)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.splitlines()[-1] == line
+    return line
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+
+
+# --- starting
+
+
+@pytest.mark.parametrize("arguments", [None, [], ["--help"], ["fit", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments):
+    call = "pass" if arguments is None else f"chanscale.cli.run({arguments!r})"
+    program = f"import sys, chanscale.cli; {call}; print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_no_arguments_show_the_commands(capsys):
+    assert cli.run([]) == 0
+    out, _ = words(capsys)
+    assert all(name in out for name in ("fit", "evaluate", "predict", "weights", "phantom", "demo"))
+    assert "not a medical device" in " ".join(out.split())
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.run(["--version"]) == 0
+    assert words(capsys)[0] == f"chanscale {__version__}\n"
+
+
+def test_python_m_runs_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "chanscale", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"chanscale {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["fit"], "Missing argument 'DATA'; see `chanscale fit --help`"),
+        (["fit", "data"], "Missing option '--out'"),
+        (["fit", "data", "--out", "run", "--nonsense", "1"], "No such option: --nonsense"),
+        (["fit", "data", "--out", "run", "--seed", "one"], "Invalid value for '--seed'"),
+        (["fit", "data", "--out", "run", "--penalty", "l3"], "'l3' is not one of 'proximal', 'gradient'"),
+        (["fit", "data", "--out", "run", "--budget", "2"], "budget: Input should be less than 1."),
+        (["fit", "data", "--out", "run", "--config", "no.yaml"], "cannot read the configuration no.yaml"),
+        (["fit", "nowhere", "--out", "run"], "nowhere does not exist"),
+        (["evaluate", "nowhere", "data"], "there is no model at nowhere"),
+        (["predict", "nowhere", "image.png"], "there is no model at nowhere"),
+        (["weights", "fetch", "resnet1"], "must be one of"),
+        (["phantom", "out", "--size", "7"], "the size of a phantom must be"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    def fetch(name, *, progress):
+        raise PermissionError(13, "Permission denied", "/cache/file")
+
+    monkeypatch.setattr("chanscale.weights.fetch_weights", fetch)
+    assert error_of(capsys, ["weights", "fetch"]) == "error: /cache/file: Permission denied"
+
+
+def test_an_error_of_many_lines_becomes_one(monkeypatch, capsys):
+    def fetch(name, *, progress):
+        raise TrainingError("first\n  second")
+
+    monkeypatch.setattr("chanscale.weights.fetch_weights", fetch)
+    assert error_of(capsys, ["weights", "fetch"]) == "error: first second"
+
+
+# --- the options of a fit
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Replaces the run by one that only notes what it was asked."""
+    noted = SimpleNamespace(error=None)
+
+    def scale_and_select(model, data, *, config, out, resume, watcher):
+        vars(noted).update(model=model, data=data, config=config, out=out, resume=resume, watcher=watcher)
+        if noted.error:
+            raise noted.error
+        return SimpleNamespace(metrics=metrics(notice="Research software."), history=[], folder=out)
+
+    monkeypatch.setattr(pipeline, "scale_and_select", scale_and_select)
+    return noted
+
+
+def fit(tmp_path, *arguments) -> int:
+    if not (tmp_path / "data").exists():
+        draw(tmp_path / "data", patients=4)
+    return cli.run(["fit", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *arguments])
+
+
+def test_without_options_a_fit_has_the_defaults(tmp_path, asked):
+    assert fit(tmp_path) == 0
+    assert asked.config == FitConfig()
+    assert (asked.model, asked.data) == ("vgg16", tmp_path / "data")
+    assert (asked.out, asked.resume) == (tmp_path / "run", False)
+
+
+def other_value(name):
+    """A value that an option may have and that is not its default, as text and as it is."""
+    default = getattr(FitConfig(), name)
+    special = {
+        "group_pattern": "^(\\d+)_", "positive": "spot", "weights": Path("w.h5"), "cache_gib": 0.5,
+        "tolerance": 0.01, "budget_of": "macs", "penalty": "gradient", "weigh_by": "macs",
+        "precision": "32-true", "device": "cpu", "backbone": "other", "micro_batch": 5,
+    }  # fmt: skip
+    if name in special:
+        return special[name]
+    return (
+        (not default) if isinstance(default, bool) else default + (1 if isinstance(default, int) else 0.0625)
+    )
+
+
+@pytest.mark.parametrize("name", FitConfig.model_fields)
+def test_every_field_of_the_configuration_is_an_option(tmp_path, asked, name):
+    option, value = name.replace("_", "-"), other_value(name)
+    words = (
+        [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    )
+    assert fit(tmp_path, *words) == 0
+    assert asked.config == FitConfig(**{name: value})
+
+
+def test_help_describes_every_option_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.run(["fit", "--help"])
+    text = " ".join(words(capsys)[0].split())
+    for name, field in FitConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert " ".join(field.description.split()) in text
+    assert "[default: 0.95]" in text
+    assert "<proximal|gradient>" in text
+    assert "--augment / --no-augment" in text
+
+
+def test_the_command_line_stands_over_the_file_and_the_file_over_the_defaults(tmp_path, asked):
+    (tmp_path / "config.yaml").write_text("budget: 0.9\nseed: 5\naugment: false\n")
+    # The seed on the command line is the default, and must win over the file all the same.
+    assert fit(tmp_path, "--config", str(tmp_path / "config.yaml"), "--seed", "0", "--test", "0.25") == 0
+    assert asked.config == FitConfig(budget=0.9, seed=0, augment=False, test=0.25)
+
+
+def test_the_configuration_of_a_run_can_be_given_back(tmp_path, asked):
+    wanted = FitConfig(budget=0.97, group_pattern="^(\\d+)_", tolerance=0.02, cache_gib=1.5)
+    (tmp_path / "config.yaml").write_text(wanted.to_yaml())
+    assert fit(tmp_path, "--config", str(tmp_path / "config.yaml")) == 0
+    assert asked.config == wanted
+
+
+def test_contradictory_options_are_refused(tmp_path, capsys):
+    draw(tmp_path / "data", patients=4)
+    line = error_of(
+        capsys, ["fit", tmp_path / "data", "--out", tmp_path / "run", "--validation", "0.5", "--test", "0.5"]
+    )
+    assert "validation + test must be below 0.9" in line
+
+
+def test_a_fit_shows_the_table_the_folder_and_the_next_command(tmp_path, asked, capsys):
+    assert fit(tmp_path) == 0
+    out, _ = words(capsys)
+    assert "14,714,688" in out
+    assert f"Run folder: {tmp_path / 'run'}" in out
+    assert f"predict {tmp_path / 'run'} IMAGE" in out
+    assert out.rstrip().endswith("Research software.")
+
+
+def test_json_of_a_fit_is_one_object_on_stdout(tmp_path, asked, capsys):
+    assert fit(tmp_path, "--json") == 0
+    told = json.loads(words(capsys)[0])
+    assert told["run"] == str(tmp_path / "run")
+    assert told["parameters"]["kept"] == 529_488
+
+
+def test_patients_that_may_stand_on_two_sides_are_pointed_out(tmp_path, asked, capsys):
+    fit(tmp_path)
+    [line] = words(capsys)[1].splitlines()
+    assert line.startswith("warning: ")
+    assert line.endswith("add --group-pattern '^(\\d+)[_-]'")
+
+
+def test_nothing_is_pointed_out_where_the_pattern_is_given(tmp_path, asked, capsys):
+    fit(tmp_path, "--group-pattern", "^(\\d+)_")
+    assert words(capsys)[1] == ""
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_an_interrupt_says_how_to_go_on(tmp_path, asked, capsys, resume):
+    asked.error = KeyboardInterrupt()
+    if resume:
+        (tmp_path / "run.partial").mkdir()
+        (tmp_path / "run.partial" / "config.yaml").write_text(FitConfig().to_yaml())
+    assert fit(tmp_path, *resume) == 130
+    line = words(capsys)[1].splitlines()[-1]
+    assert line.startswith("interrupted; go on")
+    assert line.endswith(f"fit {tmp_path / 'data'} --out {tmp_path / 'run'} --resume")
+    assert asked.resume == bool(resume)
+
+
+def test_an_interrupt_elsewhere_does_not_speak_of_going_on(monkeypatch, capsys):
+    def fetch(name, *, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chanscale.weights.fetch_weights", fetch)
+    assert cli.run(["weights", "fetch"]) == 130
+    assert words(capsys)[1] == "interrupted; nothing was written\n"
+
+
+# --- weights, phantoms, demonstration
+
+
+def test_weights_can_be_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CHANSCALE_HOME", str(tmp_path))
+    assert cli.run(["weights", "list"]) == 0
+    out = " ".join(words(capsys)[0].split())
+    assert "vgg16 not fetched 58.9 MB" in out
+    assert cli.run(["weights", "list", "--json"]) == 0
+    [listed] = json.loads(words(capsys)[0])
+    assert (listed["name"], listed["path"]) == ("vgg16", None)
+
+
+def test_fetched_weights_are_named(tmp_path, monkeypatch, capsys):
+    def fetch(name, *, progress):
+        progress("source.h5", 5, 10)
+        return tmp_path / f"{name}.safetensors"
+
+    monkeypatch.setattr("chanscale.weights.fetch_weights", fetch)
+    assert cli.run(["weights", "fetch", "--json"]) == 0
+    out, err = words(capsys)
+    assert json.loads(out) == {"name": "vgg16", "path": str(tmp_path / "vgg16.safetensors")}
+    assert err == "source.h5 (10)\n"
+
+
+def test_phantoms_are_drawn_into_a_new_folder(tmp_path, capsys):
+    asked = ["phantom", str(tmp_path / "out"), "--count", "2", "--size", "64", "--seed", "1"]
+    assert cli.run(asked) == 0
+    assert words(capsys) == (f"{tmp_path / 'out'}\n", "drawing phantoms (2)\n")
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 2
+    assert "exists already" in error_of(capsys, asked)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draws stand-ins for phantoms, and counts how often."""
+    calls = []
+
+    def write_phantoms(out, *, count, image_size, seed, progress):
+        calls.append((count, image_size))
+        return draw(out, patients=4)
+
+    monkeypatch.setattr(phantoms, "write_phantoms", write_phantoms)
+    return calls
+
+
+@pytest.mark.parametrize(("options", "wanted"), [([], demo.FULL), (["--quick"], demo.QUICK)])
+def test_the_demo_goes_the_whole_way(tmp_path, asked, drawn, capsys, options, wanted):
+    assert cli.run(["demo", "--out", str(tmp_path / "runs" / "demo"), *options]) == 0
+    out, err = words(capsys)
+    assert drawn == [(wanted.images, wanted.image_size)]
+    assert asked.data == wanted.folder_beside(tmp_path / "runs" / "demo")
+    assert (asked.config, asked.config.budget) == (wanted.config, 0.95)
+    assert "14,714,688" in out
+    assert out.rstrip().endswith("fit YOUR_IMAGES --out runs/mine --budget 0.95")
+    assert "warning" not in err
+
+
+def test_the_demo_uses_phantoms_that_are_there(tmp_path, asked, drawn):
+    for name in ("one", "two"):
+        assert cli.run(["demo", "--quick", "--out", str(tmp_path / name)]) == 0
+    assert len(drawn) == 1
+
+
+def test_the_demo_says_at_once_that_its_folder_is_there(tmp_path, asked, drawn, capsys):
+    (tmp_path / "demo").mkdir()
+    assert "exists already" in error_of(capsys, ["demo", "--out", tmp_path / "demo"])
+    assert drawn == []
+
+
+# --- progress
+
+
+def moments_of(config):
+    return list(plan_epochs(config))
+
+
+def follow(watcher: Watcher, config: FitConfig) -> None:
+    """Tell a watcher of a whole run."""
+    for what, total in (("a_source_with_a_very_long_name.h5", 2_000_000), ("decoding images", 20)):
+        for done in (0, total // 2, total):
+            watcher.on_step(what, done, total)
+    for moment in moments_of(config):
+        for done in (1, 2):
+            watcher.on_batch(moment, done, 2, 0.25 * done)
+        row = {
+            "train_loss": 0.375, "validation_auc": 0.8712, "parameters": 529_488, "parameters_removed": 0.964,
+            "seconds": 1.25,
+        }  # fmt: skip
+        watcher.on_epoch(moment, row)
+
+
+CONFIG = FitConfig(scale_epochs=2, refine_epochs=1)
+
+
+def test_a_log_has_a_line_for_each_piece_of_work_and_each_epoch():
+    text = io.StringIO()
+    follow(display.LineWatcher(CONFIG, console=Console(file=text)), CONFIG)
+    assert text.getvalue().splitlines() == [
+        "a_source_with_a_very_long_name.h5 (2.00 M)",
+        "decoding images (20)",
+        *(
+            f"epoch {number}/3 ({phase}): loss 0.375, validation AUC 0.871, 529,488 parameters left "
+            "(96.4 % removed), 1.2 s"
+            for number, phase in ((1, "scale"), (2, "scale"), (3, "refine"))
+        ),
+    ]
+
+
+def test_bars_on_a_terminal_show_where_the_run_stands():
+    text = io.StringIO()
+    with display.RichWatcher(CONFIG, console=Console(file=text, force_terminal=True, width=80)) as watcher:
+        follow(watcher, CONFIG)
+    last = text.getvalue()
+    for part in ("refine 3/3", "loss 0.375", "AUC 0.871", "529 k params", "20/20", "2.00 M/2.00 M"):
+        assert part in last
+
+
+def test_work_that_was_given_up_leaves_no_bar():
+    watcher = display.RichWatcher(console=Console(file=io.StringIO()))
+    watcher.on_step("first source", 1, 10)
+    watcher.on_step("second source", 1, 10)
+    assert [task.description for task in watcher._bars.tasks] == ["second source"]
+
+
+def test_work_that_starts_anew_gets_another_bar():
+    watcher = display.RichWatcher(console=Console(file=io.StringIO()))
+    for done in (5, 10, 10, 5, 10):
+        watcher.on_step("evaluating", done, 10)
+    assert [task.completed for task in watcher._bars.tasks] == [10, 10]
+
+
+def test_a_tolerance_adds_epochs_stage_by_stage():
+    config = FitConfig(scale_epochs=4, refine_epochs=2, tolerance=0.01)
+    plan = plan_epochs(config)
+    counts = [display.count_epochs(config, next(plan)) for _ in range(10)]
+    assert counts == [6] * 6 + [9] * 3 + [12]
+
+
+def test_the_program_is_named_as_it_can_be_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert display.program() == f"{tmp_path / 'bin' / 'python'} -m chanscale"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "chanscale").touch()
+    monkeypatch.chdir(tmp_path)
+    assert display.program() == str(Path("bin") / "chanscale")
+
+
+def test_json_has_null_for_what_is_not_defined(capsys):
+    display.show_json({"auc": float("nan"), "intervals": {"auc": [float("nan"), 1.0]}})
+    assert json.loads(words(capsys)[0]) == {"auc": None, "intervals": {"auc": [None, 1.0]}}
+
+
+# --- the whole way
+
+
+@dataclass(frozen=True)
+class Fitted:
+    data: Path
+    run: Path
+    model: object
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The backbone `tiny`."""
+    tiny_backbone.register(monkeypatch.setitem, monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A run that the command line made; tests only read it."""
+    folder = tmp_path_factory.mktemp("fitted")
+    data, run, runs = draw(folder / "data"), folder / "run", []
+    original = pipeline.scale_and_select
+
+    def keep(*arguments, **options):
+        runs.append(original(*arguments, **options))
+        return runs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_backbone.register(patch.setitem, patch.setattr)
+        patch.setattr(pipeline, "scale_and_select", keep)
+        assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS]) == 0
+    return Fitted(data, run, runs[0].model)
+
+
+def test_a_fit_writes_a_whole_run_folder(fitted):
+    wanted = {
+        "config.yaml", "splits.csv", "history.csv", "metrics.json", "model.safetensors",
+        "accuracy_size.png", "channels.png",
+    }  # fmt: skip
+    assert wanted <= set(files_below(fitted.run))
+    assert not list(fitted.run.parent.glob("*.partial"))
+    written = json.loads((fitted.run / "metrics.json").read_text())
+    assert written["parameters"]["removed"] >= 0.5
+    assert yaml.safe_load((fitted.run / "config.yaml").read_text())["backbone"] == "tiny"
+    rows = list(csv.DictReader((fitted.run / "history.csv").read_text().splitlines()))
+    assert len(rows) == 3
+    assert sum(name.startswith("width:") for name in rows[0]) == 3
+
+
+def test_evaluate_prints_one_object(fitted, tiny, capsys):
+    pattern = "--group-pattern=^(\\d+)_"
+    assert cli.run(["evaluate", str(fitted.run), str(fitted.data), pattern, "--json"]) == 0
+    told = json.loads(words(capsys)[0])
+    assert set(told) == {"auc", "accuracy", "sensitivity", "specificity", "n", "intervals"}
+    assert told["n"] == 48
+    for name, (low, high) in told["intervals"].items():
+        assert 0 <= low <= told[name] <= high <= 1
+
+
+def test_evaluate_prints_a_table(fitted, tiny, capsys):
+    assert cli.run(["evaluate", str(fitted.run), str(fitted.data)]) == 0
+    out, err = words(capsys)
+    assert "accuracy" in out
+    assert "48 images" in out
+    assert "makes the intervals too narrow; if so, add --group-pattern" in err
+
+
+def test_predict_in_a_new_process_gives_the_same_probabilities(fitted, tmp_path):
+    image_folder = fitted.data / "spot"
+    program = "import tiny_backbone as t; t.register(); from chanscale.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = ["predict", str(fitted.run), str(image_folder), "--out", str(tmp_path / "predictions.csv")]
+    subprocess.run([sys.executable, "-c", program, *command], env=environment, check=True)
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["image", "predicted", "probability_clear", "probability_spot"]
+    assert [row["image"] for row in rows] == [str(path) for path in sorted(image_folder.iterdir())]
+    wanted = probabilities_of(fitted.model, image_folder)
+    got = np.array([[float(row["probability_clear"]), float(row["probability_spot"])] for row in rows])
+    # The same fp32 sums in another process, perhaps in another order: no worse than 1e-5.
+    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=0)
+    assert np.ptp(got[:, 1]) > 1e-3  # were all alike, equality would say little
+
+
+def probabilities_of(model, folder):
+    """The probabilities of all images in a folder, without the command line."""
+    pixels = np.stack([read_image(path, size=32) for path in sorted(folder.iterdir())])
+    with torch.no_grad():
+        return probabilities(model(torch.from_numpy(pixels.astype(np.float32) / 65535))).numpy()
+
+
+def test_predict_prints_a_table_or_json(fitted, tiny, capsys):
+    image = str(fitted.data / "spot" / "001_0.png")
+    # Named twice, and once more in its folder: still one row for it.
+    assert cli.run(["predict", str(fitted.run), image, image, str(fitted.data / "spot")]) == 0
+    assert words(capsys)[0].replace("\n", "").replace(" ", "").count("001_0.png") == 1
+    assert cli.run(["predict", str(fitted.run), image, "--json"]) == 0
+    [told] = json.loads(words(capsys)[0])
+    assert told["image"] == image
+    assert told["predicted"] == max(told["probabilities"], key=told["probabilities"].get)
+    assert sum(told["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.fixture
+def bad_image(fitted, tmp_path):
+    """A folder with one whole image and one that ends in the middle."""
+    content = (fitted.data / "spot" / "001_0.png").read_bytes()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "good.png").write_bytes(content)
+    (tmp_path / "images" / "half.png").write_bytes(content[: len(content) // 2])
+    return tmp_path / "images"
+
+
+def test_one_bad_image_stops_a_prediction_and_writes_nothing(fitted, tiny, bad_image, tmp_path, capsys):
+    table = tmp_path / "predictions.csv"
+    assert "half.png" in error_of(capsys, ["predict", fitted.run, bad_image, "--out", table])
+    assert not table.exists()
+
+
+def test_one_bad_image_can_be_left_out_and_is_named(fitted, tiny, bad_image, tmp_path, capsys):
+    table = tmp_path / "predictions.csv"
+    assert cli.run(["predict", str(fitted.run), str(bad_image), "--skip-bad", "--out", str(table)]) == 0
+    assert "left out 1 unreadable" in words(capsys)[1]
+    assert [row["image"] for row in csv.DictReader(table.read_text().splitlines())] == [
+        str(bad_image / "good.png")
+    ]
+
+
+def test_images_that_are_not_there_are_named(fitted, tiny, tmp_path, capsys):
+    assert "nowhere.png does not exist" in error_of(capsys, ["predict", fitted.run, tmp_path / "nowhere.png"])
+    assert "holds no image" in error_of(capsys, ["predict", fitted.run, tmp_path])
+
+
+def test_a_table_that_cannot_be_written_is_one_line(fitted, tiny, tmp_path, capsys):
+    image = fitted.data / "spot" / "001_0.png"
+    line = error_of(capsys, ["predict", fitted.run, image, "--out", tmp_path / "nowhere" / "p.csv"])
+    assert "No such file or directory" in line
+
+
+def test_other_classes_than_those_of_the_run_are_refused(fitted, tiny, tmp_path, capsys):
+    draw(tmp_path / "data", patients=4, classes=("clear", "stripe"))
+    line = error_of(capsys, ["evaluate", fitted.run, tmp_path / "data"])
+    assert "has the class 'stripe'; wanted only 'clear', 'spot'" in line
+
+
+def test_a_damaged_model_is_one_line(fitted, tiny, tmp_path, capsys):
+    model = tmp_path / "model.safetensors"
+    model.write_bytes((fitted.run / "model.safetensors").read_bytes()[:-100])
+    assert "not a whole safetensors file" in error_of(capsys, ["evaluate", model, fitted.data])
+
+
+# --- what a fit refuses
+
+
+def truncate(folder):
+    path = folder / "spot" / "001_0.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def give_four_channels(folder):
+    Image.new("CMYK", (32, 32)).save(folder / "spot" / "001_0.png", format="TIFF")
+
+
+def remove_class(folder):
+    for path in (folder / "spot").iterdir():
+        path.unlink()
+    (folder / "spot").rmdir()
+
+
+def leave_one_of_a_class(folder):
+    for path in sorted((folder / "spot").iterdir())[1:]:
+        path.unlink()
+
+
+def empty(folder):
+    for path in folder.rglob("*.png"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (empty, [], "has no image"),
+        (remove_class, [], "has only the class 'clear'"),
+        (leave_one_of_a_class, [], "class 'spot' of .* has 1 image;"),
+        (truncate, [], "001_0.png.*--skip-bad"),
+        (give_four_channels, [], "001_0.png.*Convert it to grey or RGB"),
+        (None, ["--head-lr=1e38"], "the loss became (nan|inf)"),
+        (None, ["--min-channels=16"], "budget"),
+        (None, ["--budget=0.999", "--min-channels=4"], "budget"),
+        (None, ["--group-pattern=^(x+)"], "finds no patient"),
+        (None, ["--positive=stripe"], "positive"),
+        (None, ["--device=abacus"], "device='abacus' cannot be used"),
+        (None, ["--backbone=nonsense"], "must be one of"),
+        (None, ["--resume"], "there is no unfinished run"),
+    ],
+)
+def test_what_cannot_be_fitted_is_one_line_and_leaves_nothing(
+    tmp_path, tiny, capsys, damage, options, message
+):
+    data = draw(tmp_path / "data")
+    if damage:
+        damage(data)
+    before = files_below(tmp_path)
+    line = error_of(capsys, ["fit", data, "--out", tmp_path / "runs" / "run", *OPTIONS, *options])
+    assert re.search(message, line), line
+    assert files_below(tmp_path) == before
+
+
+def test_a_run_folder_that_is_there_is_left_alone(tmp_path, tiny, capsys):
+    data = draw(tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    before = files_below(tmp_path)
+    assert "exists already" in error_of(capsys, ["fit", data, "--out", tmp_path / "run", *OPTIONS])
+    assert files_below(tmp_path) == before
+
+
+def test_a_patient_on_two_sides_is_refused(tmp_path, tiny, capsys):
+    data = draw(tmp_path / "data")
+    rows = ["path,label,group,split"]
+    for index, path in enumerate(sorted(data.glob("*/*.png"))):
+        side = ("train", "test")[index % 2]
+        rows.append(f"{path.relative_to(data)},{path.parent.name},{path.name[:3]},{side}")
+    (data / "table.csv").write_text("\n".join(rows) + "\n")
+    options = [option for option in OPTIONS if "group" not in option]
+    before = files_below(tmp_path)
+    line = error_of(capsys, ["fit", data / "table.csv", "--out", tmp_path / "run", *options])
+    assert "stands on two sides" in line
+    assert files_below(tmp_path) == before
+
+
+def test_a_fit_can_leave_a_bad_image_out_and_counts_it(tmp_path, tiny, capsys):
+    data = draw(tmp_path / "data")
+    truncate(data)
+    out = tmp_path / "run"
+    assert cli.run(["fit", str(data), "--out", str(out), *OPTIONS, "--skip-bad", "--json"]) == 0
+    assert json.loads(words(capsys)[0])["images"]["skipped"] == 1
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_end(tmp_path, tiny, fitted, monkeypatch, capsys):
+    stop_after(monkeypatch, epochs=2)
+    arguments = ["fit", str(fitted.data), "--out", str(tmp_path / "run"), *OPTIONS]
+    assert cli.run(arguments) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    assert "go on with --resume" in error_of(capsys, arguments)
+    monkeypatch.undo()
+    tiny_backbone.register(monkeypatch.setitem, monkeypatch.setattr)
+    assert cli.run([*arguments, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    again, first = tmp_path / "run" / "model.safetensors", fitted.run / "model.safetensors"
+    assert again.read_bytes() == first.read_bytes()
+
+
+def stop_after(monkeypatch, *, epochs):
+    """Interrupt the run when this many epochs are told of."""
+    told = []
+
+    def on_epoch(self, moment, row):
+        told.append(row)
+        if len(told) > epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(display.LineWatcher, "on_epoch", on_epoch)

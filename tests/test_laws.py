@@ -1,0 +1,190 @@
+"""The laws of the method, each on every network of the table, and on VGG16 with its real weights."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from chanscale.artifact import load_model, save_model
+from chanscale.attaching import attach_scales, merge_scales
+from chanscale.backbones import find_backbone, load_backbone
+from chanscale.channels import channel_groups
+from chanscale.errors import EmptySelectionError
+from chanscale.pruning import mask_channels, prune_channels
+from chanscale.scaling import ChannelScale
+from chanscale.selection import ChannelSelection, scale_parameters, select_channels
+from chanscale.weights import cache_path
+from networks import (
+    NETWORKS,
+    TRUNKS,
+    build,
+    build_classifier,
+    describe,
+    images,
+    relative_difference,
+    renew_statistics,
+    same_tensors,
+    set_scales,
+)
+
+ROUNDING = 2e-6  # of the largest output: a sum of 100 fp32 products is sure to about 1e-7, a scale folded in adds as much
+ROUNDING_VGG16 = 1e-5  # 13 layers with sums of 4,608, and a head that divides by small deviations
+
+every_network = pytest.mark.parametrize("name", NETWORKS)
+every_trunk = pytest.mark.parametrize("name", TRUNKS)
+
+
+@every_network
+@torch.no_grad()
+def test_1_attached_equals_original(name):
+    original, x = build(name), images()
+    assert torch.equal(attach_scales(original)(x), original(x))
+
+
+@every_network
+def test_1_attached_equals_original_while_it_trains(name):
+    original, x = build(name), images()
+    attached = attach_scales(original)
+    for module in attached.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert torch.equal(attached(x), original(x))
+
+
+@every_network
+@torch.no_grad()
+def test_2_pruned_equals_masked(name):
+    scaled, x = attach_scales(build(name)), images()
+    selection = set_scales(scaled)
+    pruned = prune_channels(scaled, selection)
+    assert relative_difference(pruned(x), scaled(x)) < ROUNDING
+    assert (
+        selection.widths
+        == {g.name: g.width for g in channel_groups(pruned)}
+        != {g.name: g.width for g in channel_groups(scaled)}
+    )
+
+
+@every_network
+@torch.no_grad()
+def test_2_pruned_equals_masked_whatever_the_scales(name):
+    model, x = build(name), images()
+    for unpruned in (model, attach_scales(model)):
+        selection = every_other_channel(model)
+        masked, pruned = mask_channels(unpruned, selection), prune_channels(unpruned, selection)
+        assert relative_difference(pruned(x), masked(x)) < ROUNDING
+        assert relative_difference(pruned(x), unpruned(x)) > 100 * ROUNDING
+
+
+@every_network
+@torch.no_grad()
+def test_3_merged_equals_scaled(name):
+    original, x = build(name), images()
+    scaled = attach_scales(original)
+    selection = set_scales(scaled)
+    for model in (scaled, prune_channels(scaled, selection)):
+        merged = merge_scales(model)
+        assert relative_difference(merged(x), model(x)) < ROUNDING
+        assert kinds(merged) == kinds(original)
+
+
+@every_trunk
+@torch.no_grad()
+def test_4_reloaded_equals_saved(name, tmp_path):
+    trunk, x = build(name), images()
+    scaled = attach_scales(build_classifier(trunk))
+    kept = dict(set_scales(scaled).kept)
+    model = renew_statistics(prune_channels(scaled, ChannelSelection(kept)))
+    loaded, info = load_model(
+        save_model(model, describe(model, kept), tmp_path / "m.safetensors"), trunk=trunk
+    )
+    assert same_tensors(loaded, model)
+    assert relative_difference(loaded(x), model(x)) < ROUNDING
+    assert info.widths == {group.name: group.width for group in channel_groups(loaded)}
+
+
+@every_network
+def test_5_training_leaves_every_weight_a_slice_of_the_original(name):
+    original, x = build(name), images()
+    before = copy.deepcopy(original.state_dict())
+    scaled = attach_scales(original)
+    optimizer = torch.optim.SGD([p for p in scaled.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        scaled.train()(x).square().mean().backward()
+        optimizer.step()
+    assert all((scale != 1).any() for scale in scale_parameters(scaled, channel_groups(scaled)).values())
+    kept = set_scales(scaled).kept
+    require_slices(prune_channels(scaled, ChannelSelection(kept)), original, kept)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in original.state_dict().items())
+
+
+@every_network
+def test_6_removing_nothing_or_all_is_an_error(name):
+    scaled = attach_scales(build(name))
+    with pytest.raises(EmptySelectionError, match="removes no channel"):
+        select_channels(scaled, threshold=0.5)
+    with pytest.raises(EmptySelectionError, match="removes all"):
+        select_channels(scaled, threshold=1)
+    group = channel_groups(scaled)[0]
+    with pytest.raises(EmptySelectionError, match="keeps every channel"):
+        prune_channels(scaled, ChannelSelection({group.name: torch.arange(group.width)}))
+    with pytest.raises(EmptySelectionError, match="keeps none"):
+        prune_channels(scaled, ChannelSelection({group.name: torch.arange(0)}))
+
+
+@pytest.fixture(scope="module")
+def vgg16():
+    if not cache_path("vgg16").exists():
+        pytest.skip("needs the weights of VGG16: run `chanscale weights fetch vgg16`")
+    return load_backbone("vgg16", weights=cache_path("vgg16"))
+
+
+@torch.no_grad()
+def test_laws_1_to_4_hold_for_vgg16(vgg16, tmp_path):
+    model, x = build_classifier(vgg16), images(2, side=64)
+    model.preprocessing = find_backbone("vgg16").preprocessing()
+    scaled = attach_scales(renew_statistics(model))
+    assert torch.equal(scaled(x), model(x))
+    selection = set_scales(scaled, zeros=0.5)
+    renew_statistics(scaled)
+    pruned = prune_channels(scaled, selection)
+    assert relative_difference(pruned(x), scaled(x)) < ROUNDING_VGG16
+    require_slices(pruned, model, selection.kept)
+    merged = merge_scales(pruned)
+    assert relative_difference(merged(x), pruned(x)) < ROUNDING_VGG16
+    assert kinds(merged) == kinds(model)
+    info = describe(pruned, dict(selection.kept), backbone="vgg16")
+    loaded, _ = load_model(save_model(pruned, info, tmp_path / "m.safetensors"))
+    assert same_tensors(loaded, pruned)
+    assert relative_difference(loaded(x), pruned(x)) < ROUNDING_VGG16
+
+
+def every_other_channel(model):
+    return ChannelSelection({g.name: torch.arange(0, g.width, 2) for g in channel_groups(model)})
+
+
+def kinds(model):
+    """Return how many layers of each class there are, and make sure that none of them is ours."""
+    found = Counter(type(module) for module in model.modules())
+    assert not any(kind is ChannelScale or kind.__name__.startswith("Frozen") for kind in found)
+    return found
+
+
+def require_slices(pruned, original, kept):
+    """Check that every weight of a convolution or norm, and every statistic, is a bit-exact slice."""
+    inputs = {consumer: g.name for g in channel_groups(original) for consumer in g.consumers}
+    outputs = {layer: g.name for g in channel_groups(original) for layer in (g.name, *g.norms)}
+    for name, module in original.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            slim = dict(pruned.get_submodule(name).named_parameters(recurse=False))
+            slim |= dict(pruned.get_submodule(name).named_buffers(recurse=False))
+            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                wanted = tensor
+                if name in outputs and tensor.dim() > 0:
+                    wanted = wanted[kept[outputs[name]]]
+                if name in inputs and tensor.dim() == 4:
+                    wanted = wanted[:, kept[inputs[name]]]
+                assert torch.equal(slim[key], wanted), f"{name}.{key}"
