@@ -37,7 +37,10 @@ def main() -> None:
         print(f"{done}/{len(cells)} {path.name}: {summarise(read(path))}", flush=True)
     print(
         make_table(
-            {method: [read(cell_path(options.out, method, s)) for s in options.seeds] for method in options.methods}
+            {
+                method: [read(cell_path(options.out, method, s)) for s in options.seeds]
+                for method in options.methods
+            }
         )
     )
 

@@ -199,3 +199,20 @@ def same_tensors(got: nn.Module, wanted: nn.Module) -> bool:
     """Tell whether two modules hold the same tensors under the same names, bit for bit."""
     ours, theirs = got.state_dict(), wanted.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def require_slices(pruned, original, kept):
+    """Check that every weight of a convolution or norm, and every statistic, is a bit-exact slice."""
+    inputs = {consumer: g.name for g in channel_groups(original) for consumer in g.consumers}
+    outputs = {layer: g.name for g in channel_groups(original) for layer in (g.name, *g.norms)}
+    for name, module in original.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            slim = dict(pruned.get_submodule(name).named_parameters(recurse=False))
+            slim |= dict(pruned.get_submodule(name).named_buffers(recurse=False))
+            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                wanted = tensor
+                if name in outputs and tensor.dim() > 0:
+                    wanted = wanted[kept[outputs[name]]]
+                if name in inputs and tensor.dim() == 4:
+                    wanted = wanted[:, kept[inputs[name]]]
+                assert torch.equal(slim[key], wanted), f"{name}.{key}"

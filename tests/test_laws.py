@@ -25,6 +25,7 @@ from networks import (
     images,
     relative_difference,
     renew_statistics,
+    require_slices,
     same_tensors,
     set_scales,
 )
@@ -171,20 +172,3 @@ def kinds(model):
     found = Counter(type(module) for module in model.modules())
     assert not any(kind is ChannelScale or kind.__name__.startswith("Frozen") for kind in found)
     return found
-
-
-def require_slices(pruned, original, kept):
-    """Check that every weight of a convolution or norm, and every statistic, is a bit-exact slice."""
-    inputs = {consumer: g.name for g in channel_groups(original) for consumer in g.consumers}
-    outputs = {layer: g.name for g in channel_groups(original) for layer in (g.name, *g.norms)}
-    for name, module in original.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            slim = dict(pruned.get_submodule(name).named_parameters(recurse=False))
-            slim |= dict(pruned.get_submodule(name).named_buffers(recurse=False))
-            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                wanted = tensor
-                if name in outputs and tensor.dim() > 0:
-                    wanted = wanted[kept[outputs[name]]]
-                if name in inputs and tensor.dim() == 4:
-                    wanted = wanted[:, kept[inputs[name]]]
-                assert torch.equal(slim[key], wanted), f"{name}.{key}"

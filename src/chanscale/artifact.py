@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from chanscale import __version__
 from chanscale.attaching import attach_scales
 from chanscale.backbones import Preprocessing, build_backbone
 from chanscale.channels import output_width
-from chanscale.classifier import Classifier
+from chanscale.classifier import Classifier, to_channels_last
 from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError
 from chanscale.files import write_atomically
 from chanscale.pruning import prune_channels
@@ -36,8 +37,8 @@ class ModelInfo:
     classes: tuple[str, ...]
     kept: Mapping[str, list[int]]
     preprocessing: Mapping[str, Any]
-    image_size: int
-    channels: int
+    image_size: Annotated[int, Field(gt=0)]
+    channels: Annotated[int, Field(gt=0)]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -45,29 +46,31 @@ class ModelInfo:
         return {name: len(indices) for name, indices in self.kept.items()}
 
 
-def save_model(model: Classifier, info: ModelInfo, path: Path) -> Path:
+INFO = TypeAdapter(ModelInfo)
+"""Reads a `ModelInfo` from JSON, and checks it: a file may come from anywhere."""
+
+
+def save_model(model: Classifier, info: ModelInfo, path: Path | str) -> Path:
     """Write the tensors of a scaled `model`, and `info` in the metadata, to one safetensors file."""
-    # Clones: safetensors takes no tensor that bears two names.
-    tensors = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "chanscale": __version__, "info": json.dumps(asdict(info), sort_keys=True)}
-    write_atomically(path, save(tensors, metadata))
-    return path
+    return write_tensors(Path(path), model.state_dict(), metadata)
 
 
-def load_model(path: Path, *, trunk: nn.Module | None = None) -> tuple[Classifier, ModelInfo]:
+def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Classifier, ModelInfo]:
     """Return the model of a file, or of a run folder, in eval mode, and what the file says about it.
 
     `trunk`: the original network, needed only where it was one of the user's own. Raises ArtifactError.
     """
+    path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     tensors, info = _read(path)
     try:
         model = rebuild(info, trunk=trunk)
         model.load_state_dict(tensors, assign=True)
-    except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError) as error:
+    except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{path} does not fit {info.backbone!r}: {reason}") from error
-    return model.requires_grad_(False).eval(), info
+    return to_channels_last(model).requires_grad_(False).eval(), info
 
 
 def rebuild(info: ModelInfo, *, trunk: nn.Module | None = None) -> Classifier:
@@ -89,19 +92,31 @@ def assemble(preprocessing: nn.Module, trunk: nn.Module, *, classes: tuple[str, 
     return Classifier(preprocessing, trunk, channels=output_width(trunk), classes=classes)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write one safetensors file, whole or not at all."""
+    # Clones: safetensors takes no memory that bears two names.
+    plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    write_atomically(path, save(plain, metadata))
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file. Raises ArtifactError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Clones: in memory that is not aligned, some kernels add in another order, and round differently.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} is not a whole safetensors file ({error}); fit the model again"
+        ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     if not path.is_file():
         raise ArtifactError(f"there is no model at {path}; pass a run folder, or the model.safetensors in it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a whole safetensors file ({error}); fit the model again") from error
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ArtifactError(
             f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; "
@@ -112,7 +127,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
 
 def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
     try:
-        fields = json.loads(metadata["info"])
-        return ModelInfo(**{**fields, "classes": tuple(fields["classes"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the metadata of {path} is damaged ({error}); fit the model again") from error
+        return INFO.validate_json(metadata["info"], strict=True)
+    except KeyError as error:
+        reason = f"no {error}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    raise ArtifactError(f"the metadata of {path} is damaged ({reason}); fit the model again")

@@ -11,7 +11,6 @@ from chanscale.channels import ChannelGroup, channel_groups
 from chanscale.errors import ModelError
 from chanscale.scaling import AbsorbedReLU, ChannelScale, FrozenBatchNorm2d, FrozenConv2d, ensure_affine
 
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -216,6 +216,4 @@ def _refusal(node: fx.Node, what: str) -> UnsupportedTopologyError:
     layer, verb = node, "is"
     while layer.op not in ("call_module", "placeholder"):
         layer, verb = layer.prev, "is followed by"
-    return UnsupportedTopologyError(
-        f"layer {str(layer.target)!r} {verb} {what}; {_WANTED}"
-    )
+    return UnsupportedTopologyError(f"layer {str(layer.target)!r} {verb} {what}; {_WANTED}")

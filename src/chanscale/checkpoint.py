@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from chanscale.artifact import ModelInfo, rebuild
+from chanscale.artifact import ModelInfo, read_tensors, rebuild, write_tensors
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
-from chanscale.errors import ArtifactError
-from chanscale.files import write_atomically
+from chanscale.errors import ArtifactError, ChanscaleError
 from chanscale.state import Best, TrainingState, make_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -37,8 +34,12 @@ def save_checkpoint(state: TrainingState, info: ModelInfo, notes: Mapping[str, A
         if best is not None:
             tensors |= _prefixed(name, best.model.state_dict())
             story[name] = {"kept": _lists(best.kept), "row": best.row}
-    metadata = {"info": json.dumps(asdict(info)), "story": json.dumps(story), "notes": json.dumps(dict(notes))}
-    write_atomically(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
+    metadata = {
+        "info": json.dumps(asdict(info)),
+        "story": json.dumps(story),
+        "notes": json.dumps(dict(notes)),
+    }
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(
@@ -46,30 +47,48 @@ def load_checkpoint(
 ) -> tuple[TrainingState, dict[str, Any]]:
     """Return the state and the notes that were saved. Raises ArtifactError for a missing or damaged file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
         info, story, notes = (json.loads(metadata[key]) for key in ("info", "story", "notes"))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ArtifactError(f"cannot resume from {path} ({error}); delete its folder and fit again") from error
+        return _restore_state(tensors, info, story, config, trunk), notes
+    except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"cannot resume from {path} ({reason}); delete its folder and fit again"
+        ) from error
+
+
+def _restore_state(
+    tensors: dict[str, Tensor],
+    info: dict[str, Any],
+    story: dict[str, Any],
+    config: FitConfig,
+    trunk: nn.Module | None,
+) -> TrainingState:
     model = _restore("model", story["kept"], info, tensors, trunk)
     optimizer = make_optimizer(model, config)
     for index, parameter in enumerate(_parameters(optimizer)):
         optimizer.state[parameter] = {key: tensors[f"moments.{index}.{key}"] for key in MOMENTS}
     found = {
-        name: Best(_restore(name, story[name]["kept"], info, tensors, trunk), _tensors(story[name]["kept"]), story[name]["row"])
+        name: Best(
+            _restore(name, story[name]["kept"], info, tensors, trunk),
+            _tensors(story[name]["kept"]),
+            story[name]["row"],
+        )
         for name in ("candidate", "best")
         if name in story
     }
-    state = TrainingState(
+    return TrainingState(
         model=model, optimizer=optimizer, kept=_tensors(story["kept"]), epoch=story["epoch"],
         scale_lr=story["scale_lr"], history=story["history"], **found,
     )  # fmt: skip
-    return state, notes
 
 
 def _restore(
-    name: str, kept: dict[str, list[int]], info: dict[str, Any], tensors: dict[str, Tensor], trunk: nn.Module | None
+    name: str,
+    kept: dict[str, list[int]],
+    info: dict[str, Any],
+    tensors: dict[str, Tensor],
+    trunk: nn.Module | None,
 ) -> Classifier:
     model = rebuild(ModelInfo(**{**info, "kept": kept}), trunk=trunk)
     prefix = f"{name}."

@@ -18,7 +18,9 @@ class Classifier(nn.Module):
     the positive one) and (N, K) for K > 2.
     """
 
-    def __init__(self, preprocessing: nn.Module, trunk: nn.Module, *, channels: int, classes: Sequence[str]) -> None:
+    def __init__(
+        self, preprocessing: nn.Module, trunk: nn.Module, *, channels: int, classes: Sequence[str]
+    ) -> None:
         super().__init__()
         if len(classes) < 2:
             raise ConfigError(f"a classifier needs at least two classes. Got {list(classes)} instead.")

@@ -25,7 +25,9 @@ class FitConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # --- images
-    image_size: int = Field(112, ge=32, le=2048, description="Side of the square the network sees, in pixels.")
+    image_size: int = Field(
+        112, ge=32, le=2048, description="Side of the square the network sees, in pixels."
+    )
     group_pattern: str | None = Field(
         None,
         description="Regular expression on the file name; its first group (or whole match) names the patient. "
@@ -34,10 +36,18 @@ class FitConfig(BaseModel):
     positive: str | None = Field(
         None, description="Class that counts as positive when there are two; default: the last in order."
     )
-    validation: float = Field(0.15, gt=0, lt=1, description="Share of the images that chooses the best epoch.")
-    test: float = Field(0.2, ge=0, lt=1, description="Share of the images kept for the final figures; 0: none.")
-    skip_bad: bool = Field(False, description="Leave unreadable images out, and count them, instead of stopping.")
-    augment: bool = Field(True, description="Rotate, shift, zoom, mirror and change the contrast of training images.")
+    validation: float = Field(
+        0.15, gt=0, lt=1, description="Share of the images that chooses the best epoch."
+    )
+    test: float = Field(
+        0.2, ge=0, lt=1, description="Share of the images kept for the final figures; 0: none."
+    )
+    skip_bad: bool = Field(
+        False, description="Leave unreadable images out, and count them, instead of stopping."
+    )
+    augment: bool = Field(
+        True, description="Rotate, shift, zoom, mirror and change the contrast of training images."
+    )
     workers: int = Field(2, ge=0, description="Threads or processes that decode images.")
     cache_gib: float | None = Field(
         None, ge=0, description="Memory for decoded images, in GiB; default: a quarter of what is free."
@@ -63,23 +73,32 @@ class FitConfig(BaseModel):
     )
     min_channels: int = Field(1, ge=1, description="Least number of channels that a layer keeps.")
     round_to: int = Field(
-        16, ge=1, description="Round kept widths up to a multiple of this, which a CPU computes faster; 1: do not."
+        16,
+        ge=1,
+        description="Round kept widths up to a multiple of this, which a CPU computes faster; 1: do not.",
     )
     round_last: bool = Field(False, description="Round the layer in front of the head as well.")
 
     # --- how scales are trained
     penalty: Penalty = Field(
-        "proximal", description="How L1 acts: soft-thresholding after each step, or a gradient as in the paper."
+        "proximal",
+        description="How L1 acts: soft-thresholding after each step, or a gradient as in the paper.",
     )
     weigh_by: Weighting = Field(
         "uniform", description="Make channels pay the same, or by the parameters or MACs that they hold."
     )
     concavity: float = Field(
-        3.0, ge=0, le=8, description="0: the penalty takes the same off every scale (plain L1); above: more off "
+        3.0,
+        ge=0,
+        le=8,
+        description="0: the penalty takes the same off every scale (plain L1); above: more off "
         "small scales and less off large ones, which keeps the signal of those that stay.",
     )
     threshold: float = Field(
-        0.0, ge=0, lt=1, description="Channels whose scale is at most this are removed; at 0 every removal is exact."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Channels whose scale is at most this are removed; at 0 every removal is exact.",
     )
     scale_epochs: int = Field(10, ge=1, description="Epochs in which the scales shrink to the budget.")
     warm_epochs: int = Field(
@@ -94,11 +113,15 @@ class FitConfig(BaseModel):
         "agrees with itself more than this. Learning rate and penalty follow from it and from the budget.",
     )
     head_lr: float = Field(1e-2, gt=0, description="Learning rate of the head.")
-    refine_lr: float = Field(1e-2, gt=0, description="Learning rate of the scales in refinement, at its start.")
+    refine_lr: float = Field(
+        1e-2, gt=0, description="Learning rate of the scales in refinement, at its start."
+    )
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
-        10, ge=2, description="Images computed at a time, their gradients summed: less memory for the same step."
+        10,
+        ge=2,
+        description="Images computed at a time, their gradients summed: less memory for the same step.",
     )
 
     # --- machine
@@ -132,7 +155,9 @@ class FitConfig(BaseModel):
         try:
             options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"cannot read the configuration {path}: {' '.join(str(error).split())}"
+            ) from error
         if not isinstance(options, dict):
             raise ConfigError(f"{path} must hold `option: value` lines, got a {type(options).__name__}")
         return cls.build(options | (overrides or {}))
@@ -146,4 +171,3 @@ def _describe(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     got = f" Got {where}={detail['input']!r}." if where else ""
     return f"{where + ': ' if where else ''}{detail['msg']}.{got}"
-

@@ -17,8 +17,6 @@ from chanscale.shrinking import BudgetPenalty, Scales
 from chanscale.state import Best, TrainingState, make_optimizer, scales_of
 
 
-import os
-MOMENTUM=float(os.environ.get("MOM","0.1")); SMOM=float(os.environ.get("SMOM","0"))
 class EpochRunner(Learner):
     """Runs epochs of a `TrainingState`, in place; holds what stays the same from one to the next."""
 
@@ -49,7 +47,6 @@ class EpochRunner(Learner):
         model, optimizer = self.fabric.setup(state.model, state.optimizer)
         scales = scales_of(state.model)
         model.train()
-        state.model.head.momentum = (None if SMOM==0 else SMOM * self.config.micro_batch / self.config.batch_size) if moment.phase == "scale" else MOMENTUM * self.config.micro_batch / self.config.batch_size
         losses, step = [], 0.0
         for done, batch in enumerate(self.train.epoch(moment.epoch)):
             self._set_learning_rates(state, scales, moment, done)
@@ -71,7 +68,9 @@ class EpochRunner(Learner):
         factor = cosine((moment.index * len(self.train) + done) / (moment.length * len(self.train)))
         for_scales["lr"], for_head["lr"] = self.config.refine_lr * factor, self.config.head_lr * factor
 
-    def _update(self, state: TrainingState, scales: Scales, optimizer: Any, moment: Moment, done: int) -> float:
+    def _update(
+        self, state: TrainingState, scales: Scales, optimizer: Any, moment: Moment, done: int
+    ) -> float:
         """Let the optimizer step, and the penalty press; return the penalty's step."""
         weight = state.model.head.linear.weight
         if weight.grad is not None:
@@ -80,7 +79,9 @@ class EpochRunner(Learner):
         left = self._batches_left(moment, done)
         step = 0.0
         if kind == "gradient":
-            step = self.penalty.add_gradient(scales, budget=moment.budget, batches_left=left, lr=state.scale_lr)
+            step = self.penalty.add_gradient(
+                scales, budget=moment.budget, batches_left=left, lr=state.scale_lr
+            )
         optimizer.step()
         optimizer.zero_grad()
         if kind == "proximal":
@@ -130,6 +131,8 @@ class EpochRunner(Learner):
             state.candidate = Best(copy.deepcopy(state.model), dict(state.kept), row)
         if moment.ends_stage and state.candidate is not None:
             top = max(past["validation_auc"] for past in state.history)
-            if moment.stage == 0 or state.candidate.row["validation_auc"] >= top - (self.config.tolerance or 0):
+            if moment.stage == 0 or state.candidate.row["validation_auc"] >= top - (
+                self.config.tolerance or 0
+            ):
                 state.best = state.candidate
             state.candidate = None

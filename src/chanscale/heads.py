@@ -23,16 +23,12 @@ class PooledHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
-        self.momentum: float | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of a feature map."""
         features = self.pool(x)
-        mean, variance = self.mean, self.variance
-        if self.training and self.momentum is None and len(features) > 1:
-            mean, variance = _statistics(features)
-        elif self.training and self.momentum is not None:
-            self._follow(features.detach())
+        by_batch = self.training and len(features) > 1
+        mean, variance = _statistics(features) if by_batch else (self.mean, self.variance)
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.linear(standardise(features, mean, variance))
         return logits
@@ -40,13 +36,6 @@ class PooledHead(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         """Return features (N, C): the mean of each map, in fp32 or better."""
         return x.to(torch.promote_types(x.dtype, torch.float32)).mean((2, 3))
-
-    def _follow(self, features: Tensor) -> None:
-        """Move the stored statistics towards those of a batch."""
-        assert self.momentum is not None
-        around_stored = (features - self.mean).square().mean(0)
-        self.mean.lerp_(features.mean(0), self.momentum)
-        self.variance.lerp_(around_stored, self.momentum)
 
     @torch.no_grad()
     def set_statistics(self, features: Tensor) -> None:

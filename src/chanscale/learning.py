@@ -36,7 +36,9 @@ class Learner:
             data, np.tile(splits.train, repeats), batch_size=config.batch_size, shuffle=True, seed=config.seed,
             workers=config.workers,
         )  # fmt: skip
-        self.validation = BatchLoader(data, splits.validation, batch_size=config.micro_batch, workers=config.workers)
+        self.validation = BatchLoader(
+            data, splits.validation, batch_size=config.micro_batch, workers=config.workers
+        )
         self.sample = splits.train[:: max(1, len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
 

@@ -80,7 +80,12 @@ def scale_and_select(
     metrics = {
         **judge(best.model, images, splits, watcher),
         "before": notes["before"],
-        **measure(classifier, best, images, full=BACKBONES[model].full_parameters if isinstance(model, str) else None),
+        **measure(
+            classifier,
+            best,
+            images,
+            full=BACKBONES[model].full_parameters if isinstance(model, str) else None,
+        ),
         **describe_training(best, state, images, splits),
         "seconds": round(earlier + perf_counter() - began, 1),
         **describe_machine(),
@@ -109,7 +114,9 @@ def _open(path: Path, config: FitConfig) -> ImageSet:
         return images
     others = tuple(name for name in images.classes if name != config.positive)
     if len(images.classes) != 2 or len(others) != 1:
-        raise ConfigError(f"positive={config.positive!r} must be one of two classes; have {', '.join(images.classes)}")
+        raise ConfigError(
+            f"positive={config.positive!r} must be one of two classes; have {', '.join(images.classes)}"
+        )
     return open_images(path, group_pattern=config.group_pattern, classes=(*others, config.positive))
 
 
@@ -147,7 +154,9 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 def kept_by(best: Best, info: ModelInfo) -> ModelInfo:
     """Return `info` with the channels that `best` kept."""
-    return ModelInfo(**{**vars(info), "kept": {name: indices.tolist() for name, indices in best.kept.items()}})
+    return ModelInfo(
+        **{**vars(info), "kept": {name: indices.tolist() for name, indices in best.kept.items()}}
+    )
 
 
 def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any]:
@@ -182,7 +191,9 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
     }
 
 
-def describe_training(best: Best, state: TrainingState, images: DecodedImages, splits: Splits) -> dict[str, Any]:
+def describe_training(
+    best: Best, state: TrainingState, images: DecodedImages, splits: Splits
+) -> dict[str, Any]:
     """Return how the model came about: epochs, validation, and the images it saw."""
     sides = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return {
@@ -200,6 +211,10 @@ def describe_machine() -> dict[str, Any]:
     return {
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "threads": torch.get_num_threads(),
-        "versions": {"chanscale": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "chanscale": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "notice": NOTICE,
     }

@@ -16,7 +16,12 @@ STRENGTH = 0.01
 
 
 def fit_probe(
-    model: Classifier, data: DecodedImages, indices: Sequence[int], *, c: float = STRENGTH, batch_size: int = 8
+    model: Classifier,
+    data: DecodedImages,
+    indices: Sequence[int],
+    *,
+    c: float = STRENGTH,
+    batch_size: int = 8,
 ) -> None:
     """Set the head of `model`, in place, to a logistic regression on its standardised features.
 

@@ -96,7 +96,9 @@ def _selected_groups(model: nn.Module, selection: ChannelSelection) -> list[Chan
     groups = {group.name: group for group in channel_groups(model)}
     for name, kept in selection.kept.items():
         if name not in groups:
-            raise ModelError(f"the selection names {name!r}, which is no channel group; have {', '.join(groups)}")
+            raise ModelError(
+                f"the selection names {name!r}, which is no channel group; have {', '.join(groups)}"
+            )
         _require_indices(kept, groups[name])
     if all(len(kept) == groups[name].width for name, kept in selection.kept.items()):
         raise EmptySelectionError("the selection keeps every channel: there is nothing to remove")
@@ -172,7 +174,11 @@ def _slice(layer: nn.Module, name: str, kept: Tensor, *, dim: int = 0) -> None:
     if old is None:
         return
     new = slice_like(old.detach(), kept, dim=dim)
-    setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    setattr(
+        layer,
+        name,
+        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
+    )
 
 
 def slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:

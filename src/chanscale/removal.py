@@ -64,7 +64,10 @@ def _prune_moments(
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pruned = {key: _prune_moment(model, optimizer, key, selection) for key in ("exp_avg", "exp_avg_sq")}
     return [
-        {"step": optimizer.state[p]["step"].clone(), **{key: moment[names[p]] for key, moment in pruned.items()}}
+        {
+            "step": optimizer.state[p]["step"].clone(),
+            **{key: moment[names[p]] for key, moment in pruned.items()},
+        }
         for p in stepped
     ]
 

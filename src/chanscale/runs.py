@@ -36,7 +36,9 @@ class RunFolder:
         if out.exists():
             raise ArtifactError(f"{out} exists already; choose another --out, or remove it")
         if folder.partial.exists() and not resume:
-            raise ArtifactError(f"{folder.partial} holds an unfinished run; go on with --resume, or remove it")
+            raise ArtifactError(
+                f"{folder.partial} holds an unfinished run; go on with --resume, or remove it"
+            )
         if resume and not folder.partial.exists():
             raise ArtifactError(f"there is no unfinished run at {folder.partial}; start one without --resume")
         if resume:
@@ -50,7 +52,9 @@ class RunFolder:
             write_atomically(self.partial / "config.yaml", self.config.to_yaml())
             write_splits(self.partial / "splits.csv", images, splits)
         except OSError as error:
-            raise ArtifactError(f"cannot write to {self.partial}: {error.strerror}; choose another --out") from error
+            raise ArtifactError(
+                f"cannot write to {self.partial}: {error.strerror}; choose another --out"
+            ) from error
 
     def load(self, trunk: nn.Module) -> tuple[TrainingState, dict[str, Any]] | None:
         """Return the state of an interrupted run and its notes, if it had finished an epoch."""
@@ -82,7 +86,9 @@ class RunFolder:
 
     def _require_same_config(self) -> None:
         begun = FitConfig.read(self.partial / "config.yaml")
-        changed = [name for name in FitConfig.model_fields if getattr(begun, name) != getattr(self.config, name)]
+        changed = [
+            name for name in FitConfig.model_fields if getattr(begun, name) != getattr(self.config, name)
+        ]
         if changed:
             name = changed[0]
             raise ConfigError(

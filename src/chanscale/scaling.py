@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-
 Conv = TypeVar("Conv", bound=nn.Conv2d)
 Norm = TypeVar("Norm", bound=nn.BatchNorm2d)
 
@@ -172,7 +171,9 @@ def _conv_like(conv: nn.Conv2d, kind: type[Conv]) -> Conv:
 
 
 def _norm_like(norm: nn.BatchNorm2d, kind: type[Norm]) -> Norm:
-    twin = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+    twin = kind(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
+    )
     _share_frozen(norm, twin)
     return twin.train(norm.training)
 

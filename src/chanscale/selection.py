@@ -47,7 +47,9 @@ def scale_parameters(model: nn.Module, groups: tuple[ChannelGroup, ...]) -> dict
 
     Raises ModelError when none has.
     """
-    found = {group.name: model.get_submodule(group.scale).weight for group in groups if group.scale is not None}
+    found = {
+        group.name: model.get_submodule(group.scale).weight for group in groups if group.scale is not None
+    }
     if not found:
         raise ModelError("the network has no channel scales; call attach_scales first")
     return found  # type: ignore[return-value]
@@ -92,7 +94,8 @@ def keep_within(
     forbids to go that far.
     """
     names = list(importance)
-    order = torch.cat([importance[name] for name in names]).argsort(stable=True)
+    values = torch.cat([importance[name] for name in names]).cpu()
+    order = values.argsort(stable=True)
     group_of = torch.cat([torch.full((len(importance[name]),), i) for i, name in enumerate(names)])[order]
 
     def widths_after(removed: int) -> dict[str, int]:
@@ -108,7 +111,7 @@ def keep_within(
     while low < high:  # the cost falls with every removal, so the first that fits is found by bisection
         middle = (low + high) // 2
         low, high = (low, middle) if cost.of(of, widths_after(middle)) <= limit else (middle + 1, high)
-    last = float(torch.cat([importance[name] for name in names])[order[low - 1]]) if low else 0.0
+    last = float(values[order[low - 1]]) if low else 0.0
     return _keep_largest(importance, widths_after(low)), last
 
 
@@ -117,6 +120,6 @@ def _apply(rule: WidthRule, wanted: Widths, importance: Mapping[str, Tensor]) ->
 
 
 def _keep_largest(importance: Mapping[str, Tensor], widths: Widths) -> ChannelSelection:
-    return ChannelSelection(
-        {name: values.topk(widths[name]).indices.sort().values for name, values in importance.items()}
-    )
+    # Stable, where `topk` is not: equal scales are told apart in the same way on every machine.
+    orders = {name: values.cpu().argsort(descending=True, stable=True) for name, values in importance.items()}
+    return ChannelSelection({name: order[: widths[name]].sort().values for name, order in orders.items()})

@@ -68,7 +68,9 @@ class BudgetPenalty:
         Raises BudgetError when the allowed widths cannot meet it.
         """
         of = self.config.budget_of
-        return keep_within(self._importance(scales), cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule)
+        return keep_within(
+            self._importance(scales), cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule
+        )
 
     def select_reached(self, scales: Scales, budget: float) -> ChannelSelection:
         """Select the channels above the threshold, but do not go further than the budget."""
@@ -96,7 +98,9 @@ class BudgetPenalty:
         return {name: scale.detach().abs() / weights[name] for name, scale in scales.items()}
 
     def _weights(self, scales: Scales) -> dict[str, float]:
-        widths = {name: len(scale) for name, scale in scales.items()}
+        # At full widths: at those of the moment, a layer's cost would fall with its neighbours and spare it.
+        full = {conv.name: conv.outputs for conv in self.cost.convolutions}
+        widths = {name: full[name] for name in scales}
         return channel_weights(self.config.weigh_by, self.cost, widths)
 
 

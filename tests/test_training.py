@@ -1,0 +1,147 @@
+"""Training as a whole, on a network and images that take a second."""
+
+import copy
+
+import pytest
+import torch
+from tiny_fits import SPLITS, WIDTHS, tiny_classifier, tiny_config, tiny_images
+
+from chanscale.channels import channel_groups
+from chanscale.checkpoint import load_checkpoint, save_checkpoint
+from chanscale.costs import trunk_cost
+from chanscale.errors import BudgetError, TrainingError
+from chanscale.pruning import ROUNDING
+from chanscale.training import fit
+from networks import describe, require_slices, same_tensors
+
+DATA = tiny_images()
+COST = trunk_cost(tiny_classifier(), channel_groups(tiny_classifier()), DATA.batch([0])[0])
+
+
+def run(config, **options):
+    """Fit the tiny network; return the best epoch and the last state."""
+    states = []
+    best = fit(tiny_classifier(), DATA, SPLITS, config, save=states.append, **options)
+    return best, states[-1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return run(tiny_config())
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def test_law_5_the_original_stays_and_every_kept_filter_is_a_slice_of_it():
+    model = tiny_classifier()
+    before = copy.deepcopy(model)
+    best = fit(model, DATA, SPLITS, tiny_config())
+    assert same_tensors(model, before)
+    require_slices(best.model, before, best.kept)
+
+
+def test_law_7_the_same_seed_gives_the_same_run(undisturbed):
+    best, state = undisturbed
+    torch.manual_seed(99)  # no random number may come from the global generator
+    again, state_again = run(tiny_config())
+    assert same_tensors(again.model, best.model)
+    assert without_seconds(state_again.history) == without_seconds(state.history)
+    _, other = run(tiny_config(seed=1))
+    assert without_seconds(other.history) != without_seconds(state.history)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_resumed_equals_undisturbed(undisturbed, epoch, tmp_path):
+    best, state = undisturbed
+    path, model = tmp_path / "checkpoint.safetensors", tiny_classifier()
+
+    class InterruptionError(Exception):
+        pass
+
+    def save(state):
+        if state.epoch == epoch:
+            save_checkpoint(state, describe(model, {}), {}, path)
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        fit(model, DATA, SPLITS, tiny_config(), save=save)
+    loaded, _ = load_checkpoint(path, tiny_config(), trunk=model.trunk)
+    resumed, resumed_state = run(tiny_config(), state=loaded)
+    assert same_tensors(resumed.model, best.model)
+    assert without_seconds(resumed_state.history) == without_seconds(state.history)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"round_to": 1},
+        {"round_last": True},
+        {"budget": 0.85, "min_channels": 3},
+        {"budget_of": "macs", "weigh_by": "macs"},
+        {"weigh_by": "parameters", "concavity": 0.0},
+        {"penalty": "gradient"},
+        {"warm_epochs": 1},
+        {"threshold": 0.05},
+    ],
+    ids=str,
+)
+def test_the_budget_is_met_and_not_overshot_by_more_than_one_width_step(options):
+    config = tiny_config(**options)
+    best, state = run(config)
+    last = list(WIDTHS)[-1]
+    step = {name: 1 if name == last and not config.round_last else config.round_to for name in WIDTHS}
+    limit = (1 - config.budget) * COST.of(config.budget_of)
+    widths = {name: len(indices) for name, indices in best.kept.items()}
+    wider = [{**widths, name: width + step[name]} for name, width in widths.items()]
+    assert COST.of(config.budget_of, widths) <= limit
+    assert any(COST.of(config.budget_of, one_more) > limit for one_more in wider)
+    assert all(width % step[name] == 0 and width >= config.min_channels for name, width in widths.items())
+    assert widths == {group.name: group.width for group in channel_groups(best.model)}
+    assert state.history[-1]["widths"] == widths
+
+
+def test_at_threshold_0_every_removal_is_exact(undisturbed):
+    _, state = undisturbed
+    changes = [row["removal_change"] for row in state.history if row["removal_change"] is not None]
+    assert changes
+    assert max(changes) < ROUNDING
+
+
+def test_the_best_epoch_is_one_that_meets_the_budget(undisturbed):
+    best, state = undisturbed
+    able = [row for row in state.history if row["parameters_removed"] >= tiny_config().budget]
+    assert best.row in able
+    assert best.row["validation_auc"] == max(row["validation_auc"] for row in able)
+
+
+def test_history_has_a_row_for_each_epoch(undisturbed):
+    _, state = undisturbed
+    assert [row["epoch"] for row in state.history] == [0, 1, 2, 3]
+    assert [row["phase"] for row in state.history] == ["scale", "scale", "refine", "refine"]
+    assert all(row["parameters"] == COST.parameters(row["widths"]) for row in state.history)
+    sizes = [row["parameters"] for row in state.history]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_tolerance_goes_on_past_the_budget_and_ends():
+    config = tiny_config(budget=0.5, tolerance=0.3, round_to=1, scale_epochs=1, refine_epochs=1)
+    best, state = run(config)
+    assert best.row["parameters_removed"] >= 0.5
+    assert best.row["validation_auc"] >= max(row["validation_auc"] for row in state.history) - 0.3
+    assert state.history[-1]["stage"] >= 1
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    with pytest.raises(TrainingError, match="the loss became (nan|inf) in epoch 0"):
+        run(tiny_config(head_lr=1e36))
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.9999}, {"min_channels": 8}, {"round_to": 16}], ids=str)
+def test_an_impossible_budget_is_an_error_before_any_epoch(options):
+    states = []
+    with pytest.raises(BudgetError, match="Lower the budget"):
+        fit(tiny_classifier(), DATA, SPLITS, tiny_config(**options), save=states.append)
+    assert states == []
