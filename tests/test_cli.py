@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning_fabric.utilities.rank_zero import rank_zero_module
 from PIL import Image
 from rich.console import Console
 
@@ -149,11 +151,12 @@ def test_an_error_of_many_lines_becomes_one(monkeypatch, capsys):
 @pytest.fixture
 def asked(monkeypatch):
     """Replaces the run by one that only notes what it was asked."""
-    noted = SimpleNamespace(error=None)
+    noted = SimpleNamespace(error=None, before_the_error=lambda: None)
 
     def scale_and_select(model, data, *, config, out, resume, watcher):
         vars(noted).update(model=model, data=data, config=config, out=out, resume=resume, watcher=watcher)
         if noted.error:
+            noted.before_the_error()
             raise noted.error
         return SimpleNamespace(metrics=metrics(notice="Research software."), history=[], folder=out)
 
@@ -184,9 +187,9 @@ def other_value(name):
     }  # fmt: skip
     if name in special:
         return special[name]
-    return (
-        (not default) if isinstance(default, bool) else default + (1 if isinstance(default, int) else 0.0625)
-    )
+    if isinstance(default, bool):
+        return not default
+    return default + 1 if isinstance(default, int) else default / 2 or 0.0625
 
 
 @pytest.mark.parametrize("name", FitConfig.model_fields)
@@ -261,17 +264,49 @@ def test_nothing_is_pointed_out_where_the_pattern_is_given(tmp_path, asked, caps
     assert words(capsys)[1] == ""
 
 
+def leave_unfinished_run(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "config.yaml").write_text(FitConfig().to_yaml())
+
+
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_an_interrupt_says_how_to_go_on(tmp_path, asked, capsys, resume):
-    asked.error = KeyboardInterrupt()
     if resume:
-        (tmp_path / "run.partial").mkdir()
-        (tmp_path / "run.partial" / "config.yaml").write_text(FitConfig().to_yaml())
+        leave_unfinished_run(tmp_path)
+    else:
+        asked.before_the_error = lambda: leave_unfinished_run(tmp_path)
+    asked.error = KeyboardInterrupt()
     assert fit(tmp_path, *resume) == 130
     line = words(capsys)[1].splitlines()[-1]
     assert line.startswith("interrupted; go on")
     assert line.endswith(f"fit {tmp_path / 'data'} --out {tmp_path / 'run'} --resume")
     assert asked.resume == bool(resume)
+
+
+def test_an_interrupt_before_anything_is_written_does_not_speak_of_going_on(tmp_path, asked, capsys):
+    asked.error = KeyboardInterrupt()
+    assert fit(tmp_path) == 130
+    assert words(capsys)[1].splitlines()[-1] == "interrupted; nothing was written"
+
+
+def test_a_breakdown_in_a_resumed_run_leaves_what_was_there(tmp_path, asked, capsys):
+    leave_unfinished_run(tmp_path)
+    asked.error = TrainingError("the loss became nan")
+    assert fit(tmp_path, "--resume") == 2
+    assert (tmp_path / "run.partial" / "config.yaml").exists()
+
+
+def test_a_breakdown_of_a_new_run_leaves_nothing(tmp_path, asked, capsys):
+    asked.before_the_error = lambda: leave_unfinished_run(tmp_path)
+    asked.error = TrainingError("the loss became nan")
+    assert fit(tmp_path) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_libraries_below_say_nothing_of_themselves(asked):
+    cli.run(["--version"])
+    assert rank_zero_module.log.name == cli.CHATTY
+    assert not rank_zero_module.log.isEnabledFor(logging.INFO)
 
 
 def test_an_interrupt_elsewhere_does_not_speak_of_going_on(monkeypatch, capsys):

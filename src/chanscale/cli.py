@@ -1,16 +1,19 @@
 """The entry point: runs one command, and turns an error into one line and an exit code."""
 
+import logging
 import shlex
 import sys
 
 import typer
 
-from chanscale.commands import app
+from chanscale.commands import UnfinishedRun, app
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 
 FAILED, INTERRUPTED = 2, 130
-RESUMABLE = ("fit", "demo")
+
+# Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
+CHATTY = "lightning_fabric.utilities.rank_zero"
 
 
 def main() -> None:
@@ -20,6 +23,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. The one place where an error becomes a line."""
+    logging.getLogger(CHATTY).setLevel(logging.WARNING)
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="chanscale", standalone_mode=False)
@@ -29,10 +33,13 @@ def run(arguments: list[str]) -> int:
         return _fail(_describe_usage(error))
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except UnfinishedRun:
+        complain(f"interrupted; go on after the last whole epoch with: {_resume(arguments)}")
+        return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        complain(_describe_interrupt(arguments))
+        complain("interrupted; nothing was written")
     return code if isinstance(code, int) else 0
 
 
@@ -47,8 +54,6 @@ def _describe_usage(error: typer.TyperException) -> str:
     return f"{message}; see `{context.command_path} --help`" if context else message
 
 
-def _describe_interrupt(arguments: list[str]) -> str:
-    if arguments[:1] and arguments[0] in RESUMABLE:
-        again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-        return f"interrupted; go on after the last whole epoch with: {program()} {shlex.join(again)}"
-    return "interrupted; nothing was written"
+def _resume(arguments: list[str]) -> str:
+    again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+    return f"{program()} {shlex.join(again)}"

@@ -32,11 +32,17 @@ from chanscale.display import (
     steps_of,
     watching,
 )
+from chanscale.errors import BudgetError, InexactRemovalError, TrainingError
 from chanscale.wording import size_on_disk
 
 if TYPE_CHECKING:
     from chanscale.data import ImageSet
     from chanscale.pipeline import Run
+
+
+class UnfinishedRun(Exception):  # noqa: N818
+    """The user stopped a run that can go on."""
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 weights_app = typer.Typer(help="Pretrained weights: what there is, and getting them.")
@@ -224,13 +230,23 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
     from chanscale.pipeline import scale_and_select
     from chanscale.runs import RunFolder
 
-    RunFolder.open(out_folder, config, resume=resume)
+    folder = RunFolder.open(out_folder, config, resume=resume)
     images = open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
     _warn_about_patients(images, config.group_pattern, "who may then stand on two sides of the split")
-    with watching(config) as watcher:
-        return scale_and_select(
-            config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
-        )
+    try:
+        with watching(config) as watcher:
+            return scale_and_select(
+                config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
+            )
+    except (BudgetError, TrainingError, InexactRemovalError):
+        # Training alone raises these, so the unfinished folder is of this run; one that is resumed was there.
+        if not resume:
+            folder.discard()
+        raise
+    except KeyboardInterrupt as interrupt:
+        if folder.partial.exists():
+            raise UnfinishedRun from interrupt
+        raise
 
 
 def _warn_about_patients(images: "ImageSet", group_pattern: str | None, danger: str) -> None:

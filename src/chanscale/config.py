@@ -91,7 +91,7 @@ class FitConfig(BaseModel):
         3.0,
         ge=0,
         le=8,
-        description="0: the penalty takes the same off every scale (plain L1); above: more off "
+        description="0: the penalty takes the same off every scale (plain L1); above, as the phase goes on: more off "
         "small scales and less off large ones, which keeps the signal of those that stay.",
     )
     threshold: float = Field(
@@ -101,9 +101,6 @@ class FitConfig(BaseModel):
         description="Channels whose scale is at most this are removed; at 0 every removal is exact.",
     )
     scale_epochs: int = Field(10, ge=1, description="Epochs in which the scales shrink to the budget.")
-    warm_epochs: int = Field(
-        0, ge=0, description="Of the scale epochs, how many train the scales before the penalty begins."
-    )
     refine_epochs: int = Field(25, ge=0, description="Epochs without the penalty, after the last removal.")
     pressure: float = Field(
         0.4,
@@ -133,12 +130,6 @@ class FitConfig(BaseModel):
     def _shares_leave_training_images(self) -> Self:
         if self.validation + self.test >= 0.9:
             raise ValueError("validation + test must be below 0.9, or nothing is left to train on")
-        return self
-
-    @model_validator(mode="after")
-    def _penalty_has_time(self) -> Self:
-        if self.warm_epochs >= self.scale_epochs:
-            raise ValueError("warm_epochs must be below scale_epochs, or the penalty never begins")
         return self
 
     @classmethod

@@ -13,7 +13,7 @@ from chanscale.pruning import ROUNDING
 from chanscale.removal import remove_channels
 from chanscale.schedule import Moment
 from chanscale.selection import ChannelSelection
-from chanscale.shrinking import BudgetPenalty, Scales
+from chanscale.shrinking import BudgetPenalty, Pace, Scales
 from chanscale.state import Best, TrainingState, make_optimizer, scales_of
 
 
@@ -59,8 +59,7 @@ class EpochRunner(Learner):
         for_scales, for_head = state.optimizer.param_groups
         if moment.opens_stage and done == 0:
             # Adam moves a scale by at most lr: it outruns the penalty if its gradient agrees with itself.
-            left = (moment.length - self._warm(moment)) * len(self.train)
-            step = self.penalty.step_size(scales, budget=moment.budget, batches_left=left)
+            step = self.penalty.step_size(scales, self._pace(moment, done))
             state.scale_lr = step / self.config.pressure
         if moment.phase == "scale":
             for_scales["lr"], for_head["lr"] = state.scale_lr, self.config.head_lr
@@ -75,24 +74,19 @@ class EpochRunner(Learner):
         weight = state.model.head.linear.weight
         if weight.grad is not None:
             weight.grad += 2 * self.config.head_decay * weight.detach()
-        kind = self.config.penalty if moment.phase == "scale" and moment.index >= self._warm(moment) else None
-        left = self._batches_left(moment, done)
+        kind = self.config.penalty if moment.phase == "scale" else None
         step = 0.0
         if kind == "gradient":
-            step = self.penalty.add_gradient(
-                scales, budget=moment.budget, batches_left=left, lr=state.scale_lr
-            )
+            step = self.penalty.add_gradient(scales, self._pace(moment, done), lr=state.scale_lr)
         optimizer.step()
         optimizer.zero_grad()
         if kind == "proximal":
-            step = self.penalty.shrink(scales, budget=moment.budget, batches_left=left)
+            step = self.penalty.shrink(scales, self._pace(moment, done))
         return step
 
-    def _warm(self, moment: Moment) -> int:
-        return self.config.warm_epochs if moment.stage == 0 else 0
-
-    def _batches_left(self, moment: Moment, done: int) -> int:
-        return (moment.length - moment.index) * len(self.train) - done
+    def _pace(self, moment: Moment, done: int) -> Pace:
+        batches = moment.length * len(self.train)
+        return Pace(moment.budget, batches - moment.index * len(self.train) - done, batches)
 
     def _remove(self, state: TrainingState, moment: Moment) -> float | None:
         """Remove what reached the threshold; at the end of the phase, down to the budget. Return the change."""

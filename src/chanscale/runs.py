@@ -1,6 +1,7 @@
 """The run folder: built beside its place, moved there when it is whole."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class RunFolder:
         self._checkpoint.unlink(missing_ok=True)
         self.partial.rename(self.out)
         return self.out
+
+    def discard(self) -> None:
+        """Remove what lies in the unfinished folder; what is finished stays."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     @property
     def _checkpoint(self) -> Path:

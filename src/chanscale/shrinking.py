@@ -6,12 +6,15 @@ that are left, off the pivot. If the data pull the pivot up, the next step is la
 batch, whatever happens: nobody tunes the penalty, the budget is met, and every channel that is removed has a
 scale of exactly 0.
 
-Plain L1 would take the same off every other scale. That shrinks what stays along with what goes, and thirteen
-layers of it leave no signal to learn from. A concave penalty takes (pivot / importance)^concavity times as
-much: more off the small, little off the large. Reweighted L1, Candes, Wakin & Boyd 2008, section 2.
+Plain L1 takes the same off every other scale. At first that is right: all channels feel the same pressure, and
+those that matter show it by holding on. In the end it shrinks what stays along with what goes, and thirteen
+layers of that leave no signal to learn from. A concave penalty takes (pivot / importance)^concavity times as
+much: more off the small, little off the large (reweighted L1, Candes, Wakin & Boyd 2008, section 2). So the
+concavity grows from 0 to its full value along the phase (graduated non-convexity, Blake & Zisserman 1987).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,24 @@ from chanscale.costs import TrunkCost
 from chanscale.scaling import soft_threshold
 from chanscale.selection import ChannelSelection, WidthRule, keep_above, keep_within
 
-TINY = 1e-12
-
 Scales = Mapping[str, nn.Parameter]
 """The scale weights of each group, shape (width,), by the group's name."""
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Where in a scaling phase a batch stands: the budget to reach, the batches left, itself included, and all."""
+
+    budget: float
+    batches_left: int
+    batches: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the phase that is over: from 0 to nearly 1."""
+        return 1 - self.batches_left / self.batches
 
 
 class BudgetPenalty:
@@ -36,30 +53,29 @@ class BudgetPenalty:
     def __init__(self, cost: TrunkCost, rule: WidthRule, config: FitConfig) -> None:
         self.cost, self.rule, self.config = cost, rule, config
 
-    def step_size(self, scales: Scales, *, budget: float, batches_left: int) -> float:
-        """Return what to take off the pivot now, to have it at 0 after the batches left."""
-        return self.select_within(scales, budget)[1] / batches_left
+    def step_size(self, scales: Scales, pace: Pace) -> float:
+        """Return what to take off the pivot now, to have it at 0 with the last batch."""
+        return self.select_within(scales, pace.budget)[1] / pace.batches_left
 
     @torch.no_grad()
-    def shrink(self, scales: Scales, *, budget: float, batches_left: int) -> float:
+    def shrink(self, scales: Scales, pace: Pace) -> float:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
-        pivot = self.select_within(scales, budget)[1]
-        for name, factor in self._factors(scales, pivot).items():
-            scales[name].copy_(soft_threshold(scales[name], factor * (pivot / batches_left)))
-        return pivot / batches_left
+        step, factors = self.step_size(scales, pace), self._factors(scales, pace)
+        for name, scale in scales.items():
+            scale.copy_(soft_threshold(scale, factors[name] * step))
+        return step
 
     @torch.no_grad()
-    def add_gradient(self, scales: Scales, *, budget: float, batches_left: int, lr: float) -> float:
+    def add_gradient(self, scales: Scales, pace: Pace, *, lr: float) -> float:
         """Add the penalty's gradient to that of each scale, the paper's variant; return the step it aims at.
 
         It is measured in root mean squares of the data's gradient, which Adam turns into steps of `lr`.
         """
-        pivot = self.select_within(scales, budget)[1]
-        step = pivot / batches_left
+        step, factors = self.step_size(scales, pace), self._factors(scales, pace)
         gradients = {name: scale.grad for name, scale in scales.items() if scale.grad is not None}
         rms = torch.cat(list(gradients.values())).square().mean().sqrt()
-        for name, factor in self._factors(scales, pivot).items():
-            gradients[name] += scales[name].sign() * factor * (rms * step / lr)
+        for name, gradient in gradients.items():
+            gradient += scales[name].sign() * factors[name] * (rms * step / lr)
         return step
 
     def select_within(self, scales: Scales, budget: float) -> tuple[ChannelSelection, float]:
@@ -83,14 +99,15 @@ class BudgetPenalty:
     def _limit(self, budget: float) -> float:
         return (1 - budget) * self.cost.of(self.config.budget_of)
 
-    def _factors(self, scales: Scales, pivot: float) -> dict[str, Tensor]:
+    def _factors(self, scales: Scales, pace: Pace) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
+        pivot = self.select_within(scales, pace.budget)[1]
+        exponent = self.config.concavity * pace.progress
         weights = self._weights(scales)
-        importance = self._importance(scales)
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.
         return {
-            name: weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** self.config.concavity
-            for name, values in importance.items()
+            name: weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
+            for name, values in self._importance(scales).items()
         }
 
     def _importance(self, scales: Scales) -> dict[str, Tensor]:

@@ -64,6 +64,17 @@ def test_one_to_three_boxes_lie_inside_the_image() -> None:
     assert draw_phantom(1, size=64, label=0).boxes == ()
 
 
+def test_boxes_lie_on_lungs_which_are_darker_than_the_mediastinum() -> None:
+    for patient in range(12):
+        well, ill = (draw_phantom(7, size=64, label=label, patient=patient) for label in (0, 1))
+        mediastinum = np.median(well.image[20:50, 29:35])
+        for x, y, width, height in ill.boxes:
+            covered = well.image[int(y) : int(y + height), int(x) : int(x + width)]
+            assert np.median(covered) < 0.7 * mediastinum
+            assert 0.1 < (x + width / 2) / 64 < 0.9
+            assert 0.15 < (y + height / 2) / 64 < 0.85
+
+
 def test_boxes_grow_with_the_image() -> None:
     for patient in range(5):
         small, large = (draw_phantom(2, size=size, label=1, patient=patient).boxes for size in (96, 192))
@@ -73,7 +84,7 @@ def test_boxes_grow_with_the_image() -> None:
 
 def test_mean_grey_does_not_give_the_label_away() -> None:
     pairs = [
-        draw_phantom(3, size=64, label=label, patient=patient) for patient in range(30) for label in (0, 1)
+        draw_phantom(3, size=64, label=label, patient=patient) for patient in range(50) for label in (0, 1)
     ]
     area = roc_auc_score([pair.label for pair in pairs], [pair.image.mean() for pair in pairs])
     assert area < 0.65

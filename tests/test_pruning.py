@@ -1,0 +1,94 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from chanscale.attaching import attach_scales
+from chanscale.channels import channel_groups
+from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
+from chanscale.pruning import check_removal, keep_inputs, keep_outputs, mask_channels, prune_channels
+from chanscale.selection import ChannelSelection
+from networks import NETWORKS, build, build_classifier, images, plain_trunk, same_tensors, set_scales
+
+
+def storages(model):
+    """Return the addresses of the tensors of `model` that hold anything."""
+    return {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("transform", [prune_channels, mask_channels])
+def test_the_copy_is_independent_and_the_original_unchanged(name, transform):
+    model = attach_scales(build(name))
+    selection = set_scales(model)
+    # One group alone: the tensors that are not cut must be copied as well.
+    group = list(selection.kept)[0]
+    before = copy.deepcopy(model)
+    pruned = transform(model, ChannelSelection({group: selection.kept[group]}))
+    assert not storages(model) & storages(pruned)
+    with torch.no_grad():
+        for tensor in pruned.state_dict().values():
+            tensor.zero_()
+    assert same_tensors(model, before)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+
+
+def test_layers_say_their_new_widths():
+    model = attach_scales(build_classifier(build("batch norm")))
+    pruned = prune_channels(model, ChannelSelection({g.name: torch.arange(3) for g in channel_groups(model)}))
+    assert [g.width for g in channel_groups(pruned)] == [3, 3, 3]
+    for layer in pruned.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert tuple(layer.weight.shape[:2]) == (layer.out_channels, layer.in_channels)
+        if isinstance(layer, nn.BatchNorm2d):
+            assert len(layer.running_mean) == layer.num_features == 3
+    assert pruned.head.linear.in_features == len(pruned.head.mean) == 3
+
+
+def test_memory_format_and_trainability_are_kept():
+    model = attach_scales(plain_trunk()).to(memory_format=torch.channels_last)
+    pruned = prune_channels(model, set_scales(model))
+    trainable = {name for name, parameter in pruned.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert pruned[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_inexact_removal_is_refused():
+    model = build_classifier()
+    selection = ChannelSelection({group.name: torch.arange(2) for group in channel_groups(model)})
+    pruned, masked = prune_channels(model, selection), mask_channels(model, selection)
+    assert check_removal(pruned, masked, images(side=32)) < 1e-8
+    with pytest.raises(InexactRemovalError, match="removing channels changed the output by"):
+        check_removal(pruned, model, images(side=32))
+    pruned.trunk[0].weight.data[0, 0, 0, 0] = torch.nan  # a NaN is not small either
+    with pytest.raises(InexactRemovalError):
+        check_removal(pruned, masked, images(side=32))
+
+
+@pytest.mark.parametrize(
+    ("kept", "error", "words"),
+    [
+        ({"9": [0]}, ModelError, "names '9', which is no channel group; have 0, 3"),
+        ({"0": []}, EmptySelectionError, "keeps none of the 8 channels of '0'"),
+        ({"0": list(range(8))}, EmptySelectionError, "keeps every channel: there is nothing to remove"),
+        ({}, EmptySelectionError, "keeps every channel"),
+        ({"0": [1, 0]}, ModelError, r"must ascend within 0..7; got \[1, 0\]"),
+        ({"0": [1, 1]}, ModelError, "must ascend"),
+        ({"0": [-1, 2]}, ModelError, "must ascend"),
+        ({"0": [3, 8]}, ModelError, "must ascend"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("transform", [prune_channels, mask_channels])
+def test_a_selection_that_does_not_fit_is_an_error(transform, kept, error, words):
+    selection = ChannelSelection({name: torch.tensor(indices, dtype=torch.int64) for name, indices in kept.items()})
+    with pytest.raises(error, match=words):
+        transform(plain_trunk(), selection)
+
+
+def test_layers_of_unknown_kind_are_refused_by_name():
+    with pytest.raises(ModelError, match="cannot remove output channels of a GELU"):
+        keep_outputs(nn.GELU(), torch.arange(2))
+    with pytest.raises(ModelError, match="cannot remove input channels of a GELU"):
+        keep_inputs(nn.GELU(), torch.arange(2), 4)

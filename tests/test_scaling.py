@@ -1,0 +1,178 @@
+"""The scale, and the two functions that save memory: the same gradients as autograd's own, from less."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from chanscale.scaling import ChannelScale, FrozenBatchNorm2d, FrozenConv2d, soft_threshold
+from networks import relative_difference
+
+ROUNDING = 1e-12  # in fp64
+SCALES = torch.tensor([1.0, -0.7, 1e-4, 2.5, -3.0])
+
+CONVOLUTIONS = {
+    "3x3": dict(kernel_size=3, padding=1),
+    "no bias": dict(kernel_size=3, bias=False),
+    "strided": dict(kernel_size=5, stride=(2, 3), padding=2),
+    "dilated": dict(kernel_size=3, dilation=2),
+    "oblong": dict(kernel_size=(3, 1), padding=(1, 0)),
+    "same": dict(kernel_size=3, padding="same"),
+    "reflect": dict(kernel_size=3, padding=1, padding_mode="reflect"),
+}
+
+
+def frozen(conv, *, relu=True):
+    """Return the frozen twin of `conv`, with scales of both signs."""
+    twin = FrozenConv2d.of(conv)
+    twin.scale = ChannelScale(conv.out_channels, relu=relu).to(conv.weight.dtype)
+    twin.scale.weight.data.copy_(SCALES)
+    return twin
+
+
+def saved_shapes(compute):
+    """Return the shapes of the tensors with more than 2 dimensions that autograd keeps for the backward."""
+    shapes = {}
+
+    def pack(tensor):
+        if tensor.dim() > 2:
+            shapes[tensor.data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = compute()
+    return sorted(shapes.values()), output  # the output lives: its memory cannot be used twice
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_equal_those_of_plain_operations(name, relu):
+    conv = nn.Conv2d(3, 5, **CONVOLUTIONS[name]).double()
+    layer = frozen(conv, relu=relu)
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    scale = SCALES.double().requires_grad_()
+    plain = conv(x) * scale.view(1, -1, 1, 1)
+    plain = plain.relu() if relu else plain
+    toward = torch.randn_like(plain)
+    ours = torch.autograd.grad((layer(x) * toward).sum(), [x, layer.scale.weight])
+    autograds = torch.autograd.grad((plain * toward).sum(), [x, scale])
+    for got, wanted in zip(ours, autograds, strict=True):
+        assert relative_difference(got, wanted) < ROUNDING
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_agree_with_finite_differences(memory_format):
+    layer = ChannelScale(5, relu=True).double()
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=memory_format)
+
+    def scaled(x, weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    scale = SCALES.double().clamp(-2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(scaled, (x.requires_grad_(), scale), eps=1e-7)
+
+
+def test_a_scale_of_0_has_the_derivative_from_the_right_and_can_come_back():
+    layer = ChannelScale(2, relu=True).double()
+    layer.weight.data.zero_()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    layer(x).sum().backward()
+    assert torch.allclose(layer.weight.grad, x.relu().sum((0, 2, 3)))
+    assert (layer.weight.grad != 0).all()
+
+
+def test_a_scale_of_0_passes_nothing_on():
+    layer = ChannelScale(2, relu=True)
+    layer.weight.data[0] = 0
+    x = torch.randn(3, 2, 4, 4, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert not out[:, 0].any()
+    assert not x.grad[:, 0].any()
+    assert x.grad[:, 1].any()
+
+
+def test_frozen_weights_get_no_gradient():
+    layer = frozen(nn.Conv2d(3, 5, 3))
+    layer(torch.randn(2, 3, 6, 6, requires_grad=True)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
+    assert not layer.weight.requires_grad
+
+
+def test_a_frozen_block_keeps_one_feature_map_where_plain_operations_keep_three():
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    layer, scale = frozen(conv), SCALES.clone().requires_grad_()
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    weight, before_scale, input, output = (5, 3, 3, 3), (2, 5, 8, 8), (2, 3, 8, 8), (2, 5, 8, 8)
+    ours, _ = saved_shapes(lambda: layer(x))
+    plain, _ = saved_shapes(lambda: (conv(x) * scale.view(1, -1, 1, 1)).relu())
+    assert ours == sorted([weight, before_scale])
+    assert set(plain) >= {weight, input, before_scale}
+    assert plain.count(output) == 2  # what is scaled, and what comes out of the ReLU
+
+
+def test_the_first_convolution_keeps_nothing_of_the_image():
+    layer = frozen(nn.Conv2d(3, 5, 3, padding=1))
+    shapes, _ = saved_shapes(lambda: layer(torch.randn(2, 3, 8, 8)))
+    assert shapes == [(2, 5, 8, 8)]
+
+
+def test_without_gradients_nothing_is_kept():
+    layer = frozen(nn.Conv2d(3, 5, 3))
+    with torch.no_grad():
+        assert saved_shapes(lambda: layer(torch.randn(2, 3, 8, 8)))[0] == []
+
+
+def test_autocast_computes_in_bf16_and_keeps_the_scales_in_fp32():
+    first, second = frozen(nn.Conv2d(3, 5, 3)), frozen(nn.Conv2d(5, 5, 3))
+    x = torch.randn(2, 3, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = second(first(x))
+    assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(out.float().sum(), [first.scale.weight, second.scale.weight])
+    wanted = torch.autograd.grad(second(first(x)).sum(), [first.scale.weight, second.scale.weight])
+    for got, exact in zip(gradients, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert relative_difference(got, exact) < 0.05  # bf16 has 8 bits; sums of 128 products
+
+
+def test_a_frozen_norm_stays_in_eval():
+    norm = nn.BatchNorm2d(5)
+    norm.running_mean.normal_()
+    layer, x = FrozenBatchNorm2d.of(norm), torch.randn(4, 5, 3, 3)
+    before = layer.running_mean.clone()
+    assert torch.equal(layer.train()(x), norm.eval()(x))
+    assert torch.equal(layer.running_mean, before)
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("twin", "plain"),
+    [
+        (FrozenConv2d, nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular", bias=False)),
+        (FrozenConv2d, nn.Conv2d(3, 5, (1, 3), dilation=2, padding="same")),
+        (FrozenBatchNorm2d, nn.BatchNorm2d(3, eps=0.1, affine=False)),
+        (FrozenBatchNorm2d, nn.BatchNorm2d(3, eps=0.1)),
+    ],
+)
+@torch.no_grad()
+def test_frozen_twins_share_the_tensors_and_thaw_to_what_they_were(twin, plain):
+    layer, x = twin.of(plain.eval()), torch.randn(2, 3, 7, 7)
+    thawed = layer.thaw()
+    assert type(thawed) is type(plain)
+    assert repr(thawed) == repr(plain)
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(thawed(x), plain(x))
+    for name, tensor in plain.state_dict().items():
+        assert layer.state_dict()[name].data_ptr() == tensor.data_ptr()
+
+
+def test_soft_threshold_is_the_proximal_operator():
+    got = soft_threshold(torch.tensor([-1.0, -0.25, 0.0, 0.25, 0.5, 3.0]), 0.25)
+    assert got.tolist() == [-0.75, 0, 0, 0, 0.25, 2.75]
+    # It minimises step |y| + (y - s)^2 / 2, tried on a grid.
+    grid = torch.linspace(-4, 4, 801)
+    for scale in (-2.0, -0.3, 0.1, 1.7):
+        loss = 0.5 * grid.abs() + F.mse_loss(grid, torch.full_like(grid, scale), reduction="none") / 2
+        assert abs(float(grid[loss.argmin()] - soft_threshold(torch.tensor(scale), 0.5))) < 0.01

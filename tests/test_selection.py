@@ -1,0 +1,143 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chanscale.attaching import attach_scales
+from chanscale.channels import channel_groups
+from chanscale.costs import ConvCost, TrunkCost
+from chanscale.errors import BudgetError, EmptySelectionError, ModelError
+from chanscale.selection import WidthRule, keep_above, keep_within, scale_parameters, select_channels
+from networks import plain_trunk
+
+
+def chain_cost(widths):
+    """Return the cost of a chain of 3 x 3 convolutions, from an RGB image of 64 pixels."""
+    names = [str(index) for index in range(len(widths))]
+    sources, inputs = [None, *names], [3, *widths]
+    return TrunkCost(
+        tuple(
+            ConvCost(name, sources[i], inputs[i], width, 9, True, 64)
+            for i, (name, width) in enumerate(zip(names, widths, strict=True))
+        )
+    )
+
+
+@st.composite
+def cases(draw):
+    """Draw importances with ties and zeros, a rule, what is counted, and a share to keep."""
+    widths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    value = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5000001, 1.0, 7.0])
+    importance = {
+        str(index): torch.tensor(draw(st.lists(value, min_size=width, max_size=width)))
+        for index, width in enumerate(widths)
+    }
+    rule = WidthRule(
+        minimum=draw(st.integers(1, 4)),
+        round_to=draw(st.sampled_from([1, 2, 4, 16])),
+        unrounded=frozenset({str(len(widths) - 1)}),
+    )
+    return importance, rule, draw(st.sampled_from(["parameters", "macs"])), draw(st.floats(0, 1))
+
+
+def widths_of(importance):
+    return {name: len(values) for name, values in importance.items()}
+
+
+def neighbour(rule, name, width, whole):
+    """Return the next width above `width` that the rule allows."""
+    return next(rule.apply(name, wanted, whole) for wanted in range(width + 1, whole + 1))
+
+
+@given(cases())
+def test_within_a_limit_is_met_and_not_overshot_by_more_than_one_width_step(case):
+    importance, rule, of, share = case
+    whole = widths_of(importance)
+    cost = chain_cost(list(whole.values()))
+    limit = share * cost.of(of)
+    smallest = {name: rule.apply(name, 0, width) for name, width in whole.items()}
+    if cost.of(of, smallest) > limit:
+        with pytest.raises(BudgetError, match=f"at most .* {of} are to be kept"):
+            keep_within(importance, cost=cost, of=of, limit=limit, rule=rule)
+        return
+    selection, last = keep_within(importance, cost=cost, of=of, limit=limit, rule=rule)
+    widths = selection.widths
+    assert cost.of(of, widths) <= limit
+    narrowed = [name for name in whole if widths[name] < whole[name]]
+    wider = [widths | {name: neighbour(rule, name, widths[name], whole[name])} for name in narrowed]
+    assert not narrowed or any(cost.of(of, one_more) > limit for one_more in wider)
+    assert all(rule.apply(name, width, whole[name]) == width for name, width in widths.items())
+    removed = torch.cat([values[~is_kept(values, selection.kept[n])] for n, values in importance.items()])
+    assert last == 0 or last >= removed.max()
+
+
+@given(cases())
+def test_the_largest_of_each_group_stay_whatever_the_width_is_rounded_to(case):
+    importance, rule, _, threshold = case
+    selection = keep_above(importance, threshold=threshold, rule=rule)
+    for name, values in importance.items():
+        kept = selection.kept[name]
+        stays = is_kept(values, kept)
+        assert (kept[1:] > kept[:-1]).all()
+        assert len(kept) == rule.apply(name, int((values > threshold).sum()), len(values))
+        assert stays[values > threshold].all()
+        assert stays.all() or values[stays].min() >= values[~stays].max()
+
+
+@given(st.integers(0, 70), st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))
+def test_a_rule_gives_the_least_allowed_width_that_is_enough(wanted, width, minimum, multiple):
+    got = WidthRule(minimum, multiple).apply("a", wanted, width)
+    assert got == width or (got % multiple == 0 and got >= max(wanted, minimum) > got - multiple)
+    assert 1 <= got <= width
+    unrounded = WidthRule(minimum, multiple, frozenset({"a"})).apply("a", wanted, width)
+    assert unrounded == min(width, max(wanted, minimum, 1))
+
+
+def is_kept(values, kept):
+    return torch.zeros(len(values), dtype=torch.bool).index_fill(0, kept, True)
+
+
+def scaled_trunk():
+    model = attach_scales(plain_trunk((4, 6)))
+    first, *_ = scale_parameters(model, channel_groups(model)).values()
+    first.data.copy_(torch.tensor([0.5, -0.9, 0.0, 0.04]))
+    return model
+
+
+def test_a_threshold_keeps_the_channels_whose_magnitude_is_above_it():
+    assert {name: kept.tolist() for name, kept in select_channels(scaled_trunk(), threshold=0.04).kept.items()} == {
+        "0": [0, 1]
+    }
+    at_least_three = select_channels(scaled_trunk(), threshold=0.04, rule=WidthRule(minimum=3))
+    assert at_least_three.kept["0"].tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "words"),
+    [
+        (0.9, r"threshold=0.9 removes all 4 channels of '0'; the largest scale is 0.9. Use a threshold below it"),
+        (-1, r"threshold=-1 removes no channel; the smallest scale is 0. Train longer"),
+    ],
+)
+def test_a_threshold_that_removes_all_or_nothing_is_an_error(threshold, words):
+    with pytest.raises(EmptySelectionError, match=words):
+        select_channels(scaled_trunk(), threshold=threshold)
+
+
+def test_rounding_that_gives_every_channel_back_is_an_error():
+    with pytest.raises(EmptySelectionError, match="removes no channel"):
+        select_channels(scaled_trunk(), threshold=0.04, rule=WidthRule(round_to=16))
+
+
+def test_without_scales_there_is_nothing_to_select():
+    with pytest.raises(ModelError, match="call attach_scales first"):
+        select_channels(plain_trunk((4, 6)), threshold=0.5)
+
+
+def test_a_budget_too_high_names_the_smallest_network_and_the_ways_out():
+    cost = chain_cost([4, 6])
+    importance = {"0": torch.ones(4), "1": torch.ones(6)}
+    smallest = cost.parameters({"0": 2, "1": 2})
+    words = f"at most 10 parameters .* hold {smallest}. Lower the budget, min_channels or round_to"
+    with pytest.raises(BudgetError, match=words):
+        keep_within(importance, cost=cost, of="parameters", limit=10, rule=WidthRule(minimum=2))
