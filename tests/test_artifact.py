@@ -10,6 +10,7 @@ from torch import nn
 from chanscale.artifact import FORMAT, load_model, rebuild, save_model
 from chanscale.attaching import attach_scales
 from chanscale.backbones import BACKBONES, VGG16Trunk
+from chanscale.classifier import to_channels_last
 from chanscale.errors import ArtifactError
 from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
@@ -23,7 +24,8 @@ def saved(monkeypatch, tmp_path):
     register(monkeypatch.setitem, monkeypatch.setattr)
     model = attach_scales(build_classifier(TinyTrunk()))
     kept = dict(set_scales(model).kept)
-    model = renew_statistics(prune_channels(model, ChannelSelection(kept)))
+    # As training leaves it; in another memory layout, sums are taken in another order.
+    model = to_channels_last(renew_statistics(prune_channels(model, ChannelSelection(kept))))
     return model, save_model(model, describe(model, kept, backbone="tiny"), tmp_path / "model.safetensors")
 
 
@@ -158,7 +160,8 @@ def retell(path, change):
 
 TAMPERINGS = {
     "a field is missing": lambda info: info.pop("kept"),
-    "a field too many": lambda info: info.update(extra=1),
+    "an image size that is no number": lambda info: info.update(image_size="large"),
+    "images without channels": lambda info: info.update(channels=0),
     "another backbone": lambda info: info.update(backbone="vgg16"),
     "an unknown backbone": lambda info: info.update(backbone="vgg99"),
     "no backbone": lambda info: info.update(backbone=None),

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 import tiny_backbone
-from chanscale import __version__, cli, demo, display, pipeline
+from chanscale import __version__, cli, commands, demo, display, pipeline
 from chanscale.classifier import probabilities
 from chanscale.config import FitConfig
 from chanscale.data import phantoms, read_image
@@ -286,7 +286,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, asked, capsys, resume):
 def test_an_interrupt_before_anything_is_written_does_not_speak_of_going_on(tmp_path, asked, capsys):
     asked.error = KeyboardInterrupt()
     assert fit(tmp_path) == 130
-    assert words(capsys)[1].splitlines()[-1] == "interrupted; nothing was written"
+    assert words(capsys)[1].splitlines()[-1] == "interrupted; nothing half-written is left"
 
 
 def test_a_breakdown_in_a_resumed_run_leaves_what_was_there(tmp_path, asked, capsys):
@@ -315,7 +315,7 @@ def test_an_interrupt_elsewhere_does_not_speak_of_going_on(monkeypatch, capsys):
 
     monkeypatch.setattr("chanscale.weights.fetch_weights", fetch)
     assert cli.run(["weights", "fetch"]) == 130
-    assert words(capsys)[1] == "interrupted; nothing was written\n"
+    assert words(capsys)[1] == "interrupted; nothing half-written is left\n"
 
 
 # --- weights, phantoms, demonstration
@@ -599,6 +599,13 @@ def test_one_bad_image_can_be_left_out_and_is_named(fitted, tiny, bad_image, tmp
     ]
 
 
+def test_many_bad_images_are_counted_and_the_first_are_named(capsys):
+    commands._report_skipped(tuple(f"{number}.png" for number in range(12)))
+    line = words(capsys)[1]
+    assert "left out 12 unreadable images: 0.png, " in line
+    assert line.endswith("9.png and 2 more\n")
+
+
 def test_images_that_are_not_there_are_named(fitted, tiny, tmp_path, capsys):
     assert "nowhere.png does not exist" in error_of(capsys, ["predict", fitted.run, tmp_path / "nowhere.png"])
     assert "holds no image" in error_of(capsys, ["predict", fitted.run, tmp_path])
@@ -708,7 +715,9 @@ def test_a_fit_can_leave_a_bad_image_out_and_counts_it(tmp_path, tiny, capsys):
     truncate(data)
     out = tmp_path / "run"
     assert cli.run(["fit", str(data), "--out", str(out), *OPTIONS, "--skip-bad", "--json"]) == 0
-    assert json.loads(words(capsys)[0])["images"]["skipped"] == 1
+    told, warnings = words(capsys)
+    assert json.loads(told)["images"]["skipped"] == 1
+    assert "left out 1 unreadable image; " in warnings
 
 
 def test_an_interrupted_fit_goes_on_to_the_same_end(tmp_path, tiny, fitted, monkeypatch, capsys):

@@ -147,7 +147,7 @@ def test_a_tolerance_that_nothing_exceeds_ends_with_the_smallest_network_there_c
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
-    with pytest.raises(TrainingError, match="the loss became (nan|inf) in epoch 0"):
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) in epoch 0"):
         run(tiny_config(head_lr=1e36))
 
 

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        complain("interrupted; nothing was written")
+        complain("interrupted; nothing half-written is left")
     return code if isinstance(code, int) else 0
 
 

@@ -269,6 +269,9 @@ def _draw_phantoms(folder: Path, *, count: int, size: int, seed: int) -> None:
 def _show_run(run: "Run", *, as_json: bool) -> None:
     from chanscale.report import describe_run
 
+    skipped = run.metrics["images"]["skipped"]
+    if skipped:
+        complain(f"warning: left out {_count_unreadable(skipped)}; {run.folder}/splits.csv lists the others")
     if as_json:
         show_json({"run": str(run.folder), **run.metrics})
         return
@@ -278,6 +281,11 @@ def _show_run(run: "Run", *, as_json: bool) -> None:
     say(run.metrics["notice"])
 
 
-def _report_skipped(names: tuple[str, ...]) -> None:
+def _report_skipped(names: tuple[str, ...], *, shown: int = 10) -> None:
     if names:
-        complain(f"warning: left out {len(names)} unreadable images: {', '.join(names)}")
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        complain(f"warning: left out {_count_unreadable(len(names))}: {', '.join(names[:shown])}{more}")
+
+
+def _count_unreadable(number: int) -> str:
+    return f"{number} unreadable image{'' if number == 1 else 's'}"

@@ -85,10 +85,11 @@ class FitConfig(BaseModel):
         description="How L1 acts: soft-thresholding after each step, or a gradient as in the paper.",
     )
     weigh_by: Weighting = Field(
-        "uniform", description="Make channels pay the same, or by the parameters or MACs that they hold."
+        "parameters",
+        description="Make every channel pay the same, or by the fourth root of the parameters or MACs that it holds.",
     )
     concavity: float = Field(
-        3.0,
+        4.0,
         ge=0,
         le=8,
         description="0: the penalty takes the same off every scale (plain L1); above, as the phase goes on: more off "
@@ -100,8 +101,8 @@ class FitConfig(BaseModel):
         lt=1,
         description="Channels whose scale is at most this are removed; at 0 every removal is exact.",
     )
-    scale_epochs: int = Field(10, ge=1, description="Epochs in which the scales shrink to the budget.")
-    refine_epochs: int = Field(25, ge=0, description="Epochs without the penalty, after the last removal.")
+    scale_epochs: int = Field(8, ge=1, description="Epochs in which the scales shrink to the budget.")
+    refine_epochs: int = Field(12, ge=0, description="Epochs without the penalty, after the last removal.")
     pressure: float = Field(
         0.4,
         gt=0,
@@ -116,9 +117,10 @@ class FitConfig(BaseModel):
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
-        10,
+        20,
         ge=2,
-        description="Images computed at a time, their gradients summed: less memory for the same step.",
+        description="Images computed at a time, their gradients summed. Fewer take less memory, but leave the "
+        "head noisier statistics, which costs accuracy.",
     )
 
     # --- machine

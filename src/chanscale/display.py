@@ -1,7 +1,5 @@
 """What the command line shows: progress on stderr, results on stdout."""
 
-import json
-import math
 import os
 import shutil
 import sys
@@ -20,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chanscale.config import FitConfig
+from chanscale.files import to_json
 from chanscale.progress import Watcher
 from chanscale.schedule import Moment, plan_epochs
 from chanscale.wording import percent, shorten
@@ -173,7 +172,7 @@ def complain(message: object) -> None:
 
 def show_json(value: Any) -> None:
     """Write one JSON value on stdout; a figure that is not defined becomes null."""
-    typer.echo(json.dumps(_without_nan(value), indent=2, allow_nan=False))
+    typer.echo(to_json(value))
 
 
 def describe_evaluation(judged: Mapping[str, Any]) -> Table:
@@ -202,11 +201,3 @@ def describe_predictions(predictions: Sequence[Mapping[str, Any]]) -> Table:
         for item in predictions
     ]
     return describe_rows(columns, rows)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,5 @@
 """The run folder: built beside its place, moved there when it is whole."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, write_splits
 from chanscale.errors import ArtifactError, ConfigError
-from chanscale.files import write_atomically
+from chanscale.files import to_json, write_atomically
 from chanscale.report import write_history, write_plots
 from chanscale.state import TrainingState
 
@@ -74,7 +73,7 @@ class RunFolder:
         """Write the model, the figures and the plots, and move the folder to its place."""
         path = save_model(model, info, self.partial / "model.safetensors")
         metrics["bytes"]["model"] = path.stat().st_size
-        write_atomically(self.partial / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_atomically(self.partial / "metrics.json", to_json(metrics) + "\n")
         write_history(self.partial / "history.csv", history)
         write_plots(self.partial, history, widths_before, info.widths, metrics)
         self._checkpoint.unlink(missing_ok=True)

@@ -124,10 +124,11 @@ class BudgetPenalty:
 def channel_weights(weigh_by: Weighting, cost: TrunkCost, widths: Mapping[str, int]) -> dict[str, float]:
     """Return what one unit of penalty weighs on a channel of each group; their mean over channels is 1.
 
-    The square root tempers the costs, which differ by two orders of magnitude between layers.
+    The fourth root tempers the costs, which differ by a factor of 15 between the layers of VGG16: with the plain
+    cost, or its square root, the layers in the middle run dry before the first ones lose a channel.
     """
     if weigh_by == "uniform":
         return dict.fromkeys(widths, 1.0)
-    roots = {name: saved**0.5 for name, saved in cost.per_channel(weigh_by, widths).items()}
+    roots = {name: saved**0.25 for name, saved in cost.per_channel(weigh_by, widths).items()}
     mean = sum(roots[name] * width for name, width in widths.items()) / sum(widths.values())
     return {name: root / mean for name, root in roots.items()}
