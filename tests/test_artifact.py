@@ -50,7 +50,9 @@ def test_reloaded_equals_saved_bit_for_bit(saved):
     x = images(side=32)
     assert same_tensors(loaded, model)
     assert torch.equal(loaded(x), model(x))
-    assert info == describe(model, {name: torch.tensor(kept) for name, kept in info.kept.items()}, backbone="tiny")
+    assert info == describe(
+        model, {name: torch.tensor(kept) for name, kept in info.kept.items()}, backbone="tiny"
+    )
     assert loaded.classes == model.classes
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -95,7 +97,9 @@ def test_loading_touches_neither_the_trunk_nor_the_random_numbers(tmp_path):
     trunk = TinyTrunk()
     model = attach_scales(build_classifier(trunk))
     kept = dict(set_scales(model).kept)
-    path = save_model(prune_channels(model, ChannelSelection(kept)), describe(model, kept), tmp_path / "m.safetensors")
+    path = save_model(
+        prune_channels(model, ChannelSelection(kept)), describe(model, kept), tmp_path / "m.safetensors"
+    )
     before, state = {k: v.clone() for k, v in trunk.state_dict().items()}, torch.get_rng_state()
     load_model(path, trunk=trunk)
     assert torch.equal(torch.get_rng_state(), state)

@@ -18,7 +18,9 @@ def test_every_group_gets_one_scale_of_ones_and_they_alone_are_trained(name):
     original = build(name)
     scaled = attach_scales(original)
     scales = scale_parameters(scaled, channel_groups(scaled))
-    assert {n: len(scale) for n, scale in scales.items()} == {g.name: g.width for g in channel_groups(original)}
+    assert {n: len(scale) for n, scale in scales.items()} == {
+        g.name: g.width for g in channel_groups(original)
+    }
     assert all((scale == 1).all() and scale.dtype == torch.float32 for scale in scales.values())
     linear = {id(p) for layer in scaled.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
     trainable = {id(parameter) for parameter in scaled.parameters() if parameter.requires_grad}

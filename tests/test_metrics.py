@@ -19,7 +19,9 @@ def brute_force_auc(scores, positive):
     return np.mean((differences > 0) + 0.5 * (differences == 0))
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0]), st.booleans()), min_size=2, max_size=30))
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.4, 0.8, 1.0]), st.booleans()), min_size=2, max_size=30)
+)
 def test_auc_equals_brute_force_ties_included(pairs):
     scores, positive = (np.array(values) for values in zip(*pairs, strict=True))
     got = mean_auc(two_columns(scores), positive.astype(int))
@@ -70,7 +72,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, covered = np.random.default_rng(0), 0
     for seed in range(150):
         scores, labels = draw(rng, 80)
-        got = estimate({"accuracy": accuracy}, scores, labels, np.arange(80), resamples=200, seed=seed)["accuracy"]
+        got = estimate({"accuracy": accuracy}, scores, labels, np.arange(80), resamples=200, seed=seed)[
+            "accuracy"
+        ]
         covered += got.low <= 0.8 <= got.high
     # 95 % of 150, less three standard deviations and what the percentile method lacks at 80 images
     assert covered / 150 >= 0.87
@@ -79,13 +83,18 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_the_same_seed_gives_the_same_interval_around_the_value():
     scores, labels = draw(np.random.default_rng(0), 60)
     first, again, other = (
-        estimate(metrics_for(2), scores, labels, np.arange(60), resamples=100, seed=seed) for seed in (1, 1, 2)
+        estimate(metrics_for(2), scores, labels, np.arange(60), resamples=100, seed=seed)
+        for seed in (1, 1, 2)
     )
     assert first == again != other
     for name, metric in metrics_for(2).items():
         assert first[name].value == metric(scores, labels)
         assert first[name].low <= first[name].value <= first[name].high
-    assert first["auc"].to_dict() == {"value": first["auc"].value, "low": first["auc"].low, "high": first["auc"].high}
+    assert first["auc"].to_dict() == {
+        "value": first["auc"].value,
+        "low": first["auc"].low,
+        "high": first["auc"].high,
+    }
 
 
 def test_groups_are_resampled_whole():

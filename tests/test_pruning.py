@@ -82,7 +82,9 @@ def test_an_inexact_removal_is_refused():
 )
 @pytest.mark.parametrize("transform", [prune_channels, mask_channels])
 def test_a_selection_that_does_not_fit_is_an_error(transform, kept, error, words):
-    selection = ChannelSelection({name: torch.tensor(indices, dtype=torch.int64) for name, indices in kept.items()})
+    selection = ChannelSelection(
+        {name: torch.tensor(indices, dtype=torch.int64) for name, indices in kept.items()}
+    )
     with pytest.raises(error, match=words):
         transform(plain_trunk(), selection)
 

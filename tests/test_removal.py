@@ -32,7 +32,12 @@ def trained():
         step(model, optimizer, seed)
     selection = set_scales(model)
     renew_statistics(model)
-    return model, optimizer, {group.name: torch.arange(group.width) for group in channel_groups(model)}, selection
+    return (
+        model,
+        optimizer,
+        {group.name: torch.arange(group.width) for group in channel_groups(model)},
+        selection,
+    )
 
 
 def remove(trained):
@@ -96,7 +101,10 @@ def test_model_and_optimizer_are_left_as_they_were(trained):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     for index, moments in optimizer.state_dict()["state"].items():
         assert all(torch.equal(tensor, state["state"][index][key]) for key, tensor in moments.items())
-    assert all(len(indices) == group.width for indices, group in zip(kept.values(), channel_groups(model), strict=True))
+    assert all(
+        len(indices) == group.width
+        for indices, group in zip(kept.values(), channel_groups(model), strict=True)
+    )
 
 
 def test_a_removal_that_is_not_exact_is_refused(trained, monkeypatch):

@@ -105,9 +105,9 @@ def scaled_trunk():
 
 
 def test_a_threshold_keeps_the_channels_whose_magnitude_is_above_it():
-    assert {name: kept.tolist() for name, kept in select_channels(scaled_trunk(), threshold=0.04).kept.items()} == {
-        "0": [0, 1]
-    }
+    assert {
+        name: kept.tolist() for name, kept in select_channels(scaled_trunk(), threshold=0.04).kept.items()
+    } == {"0": [0, 1]}
     at_least_three = select_channels(scaled_trunk(), threshold=0.04, rule=WidthRule(minimum=3))
     assert at_least_three.kept["0"].tolist() == [0, 1, 3]
 
@@ -115,7 +115,10 @@ def test_a_threshold_keeps_the_channels_whose_magnitude_is_above_it():
 @pytest.mark.parametrize(
     ("threshold", "words"),
     [
-        (0.9, r"threshold=0.9 removes all 4 channels of '0'; the largest scale is 0.9. Use a threshold below it"),
+        (
+            0.9,
+            r"threshold=0.9 removes all 4 channels of '0'; the largest scale is 0.9. Use a threshold below it",
+        ),
         (-1, r"threshold=-1 removes no channel; the smallest scale is 0. Train longer"),
     ],
 )

@@ -15,19 +15,17 @@ STRENGTH = 0.01
 """Inverse L2 strength: with 512 features and some hundred images, weak fits separate everything and learn nothing."""
 
 
-def fit_probe(
-    model: Classifier,
-    data: DecodedImages,
-    indices: Sequence[int],
-    *,
-    c: float = STRENGTH,
-    batch_size: int = 8,
-) -> None:
-    """Set the head of `model`, in place, to a logistic regression on its standardised features.
-
-    `indices`: training images. `c`: inverse strength of the L2 penalty, as in scikit-learn.
-    """
+def fit_probe(model: Classifier, data: DecodedImages, indices: Sequence[int], *, batch_size: int = 8) -> None:
+    """Set the head of `model`, in place, to a logistic regression on its features of the images at `indices`."""
     features, labels = pooled_features(model, data, indices, batch_size=batch_size)
+    fit_head(model, features, labels)
+
+
+def fit_head(model: Classifier, features: Tensor, labels: Tensor, *, c: float = STRENGTH) -> None:
+    """Set the head of `model`, in place, to a logistic regression on standardised `features` (N, C).
+
+    `labels`: (N,). `c`: inverse strength of the L2 penalty, as in scikit-learn.
+    """
     head = model.head
     head.set_statistics(features.to(head.mean.device))
     standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy().astype(np.float64)

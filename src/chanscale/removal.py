@@ -42,15 +42,15 @@ def remove_channels(
 ) -> Removal[Model]:
     """Prune `model` and all that is shaped like it; compare it with the masked network on `example`.
 
-    `kept`: each group's indices into the original network, shape (width,). Raises InexactRemovalError when
-    pruned and masked differ.
+    `kept`: each group's indices into the original network, shape (width,). Groups that the selection does not
+    name stay whole. Raises InexactRemovalError when pruned and masked differ.
     """
     pruned = prune_channels(model, selection)
     masked = mask_channels(model, selection)
     check_removal(pruned, masked, example)
     return Removal(
         model=pruned,
-        kept={name: indices[selection.kept[name]] for name, indices in kept.items()},
+        kept=kept | {name: kept[name][chosen] for name, chosen in selection.kept.items()},
         moments=_prune_moments(model, optimizer, selection),
         change=output_change(model, masked, example),
     )
