@@ -22,12 +22,8 @@ class Demo:
         return out.with_name(f"phantoms-{self.images}-{self.image_size}px")
 
 
-FULL = Demo(
-    400,
-    128,
-    FitConfig(budget=0.95, group_pattern=GROUP_PATTERN, image_size=112, scale_epochs=8, refine_epochs=14),
-)
-"""Shorter than the defaults: from drawing to figures within 6 minutes on two cores."""
+FULL = Demo(400, 128, FitConfig(budget=0.95, group_pattern=GROUP_PATTERN))
+"""The defaults: from drawing to figures within 6 minutes on two cores."""
 
 QUICK = Demo(
     120,
