@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from chanscale.attaching import attach_scales
@@ -74,7 +73,7 @@ UNSUPPORTED = {
     "the same layer at two places": ("'1'", shared_weight),
     "a ReLU of the user's own": ("'0'", lambda: nn.Sequential(convolution(3), HalvedReLU(), convolution())),
     "a convolution of the user's own": ("'0'", lambda: nn.Sequential(OwnConv2d(3, 4, 3), convolution())),
-    "a tensor of its own": ("'first'", lambda: Network(lambda net, x: net.second(net.first(x) * net.first.bias.mean()))),
+    "a tensor of its own": ("'first'", lambda: Network(lambda net, x: net.second(net.first(x) * net.first.bias.sum()))),
     "reparametrised": ("'1'", parametrised),
     "flatten over images": ("'1'", lambda: nn.Sequential(convolution(3), nn.Flatten(0), nn.Linear(4, 2))),
     "linear over columns": ("'1'", lambda: nn.Sequential(convolution(3), nn.Linear(16, 2))),

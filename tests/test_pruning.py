@@ -23,7 +23,7 @@ def test_the_copy_is_independent_and_the_original_unchanged(name, transform):
     model = attach_scales(build(name))
     selection = set_scales(model)
     # One group alone: the tensors that are not cut must be copied as well.
-    group = list(selection.kept)[0]
+    group = next(iter(selection.kept))
     before = copy.deepcopy(model)
     pruned = transform(model, ChannelSelection({group: selection.kept[group]}))
     assert not storages(model) & storages(pruned)

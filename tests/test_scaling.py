@@ -12,13 +12,13 @@ ROUNDING = 1e-12  # in fp64
 SCALES = torch.tensor([1.0, -0.7, 1e-4, 2.5, -3.0])
 
 CONVOLUTIONS = {
-    "3x3": dict(kernel_size=3, padding=1),
-    "no bias": dict(kernel_size=3, bias=False),
-    "strided": dict(kernel_size=5, stride=(2, 3), padding=2),
-    "dilated": dict(kernel_size=3, dilation=2),
-    "oblong": dict(kernel_size=(3, 1), padding=(1, 0)),
-    "same": dict(kernel_size=3, padding="same"),
-    "reflect": dict(kernel_size=3, padding=1, padding_mode="reflect"),
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "no bias": {"kernel_size": 3, "bias": False},
+    "strided": {"kernel_size": 5, "stride": (2, 3), "padding": 2},
+    "dilated": {"kernel_size": 3, "dilation": 2},
+    "oblong": {"kernel_size": (3, 1), "padding": (1, 0)},
+    "same": {"kernel_size": 3, "padding": "same"},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
 }
 
 

@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import islice, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ def test_each_stage_opens_once_and_ends_once_and_so_do_its_phases(length):
     config = FitConfig(scale_epochs=scale, refine_epochs=refine, tolerance=0.01)
     plan = list(islice(plan_epochs(config), 60))
     assert [moment.epoch for moment in plan] == list(range(60))
-    for before, after in zip(plan, plan[1:], strict=False):
+    for before, after in pairwise(plan):
         assert before.ends_stage == after.opens_stage == (after.stage == before.stage + 1)
         assert before.ends_phase == (after.index == 0)
         assert (before.index + 1 == before.length) == before.ends_phase
@@ -45,5 +45,5 @@ def test_each_stage_leaves_half_of_what_the_one_before_left():
     assert list(stage_budgets(FitConfig(budget=0.9))) == [0.9]
     budgets = list(islice(stage_budgets(FitConfig(budget=0.9, tolerance=0.0)), 20))
     left = [1 - budget for budget in budgets]
-    assert all(abs(after - before / 2) < 1e-12 for before, after in zip(left, left[1:], strict=False))
+    assert all(abs(after - before / 2) < 1e-12 for before, after in pairwise(left))
     assert all(budget < 1 for budget in budgets)

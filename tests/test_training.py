@@ -83,7 +83,7 @@ def test_resumed_equals_undisturbed(undisturbed, epoch, tmp_path):
         {"budget_of": "macs", "weigh_by": "macs"},
         {"weigh_by": "parameters", "concavity": 0.0},
         {"penalty": "gradient"},
-        {"warm_epochs": 1},
+        {"concavity": 0},
         {"threshold": 0.05},
     ],
     ids=str,

@@ -32,7 +32,7 @@ from chanscale.display import (
     steps_of,
     watching,
 )
-from chanscale.errors import BudgetError, InexactRemovalError, TrainingError
+from chanscale.errors import BudgetError, ConfigError, InexactRemovalError, TrainingError
 from chanscale.wording import size_on_disk
 
 if TYPE_CHECKING:
@@ -238,8 +238,8 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
             return scale_and_select(
                 config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
             )
-    except (BudgetError, TrainingError, InexactRemovalError):
-        # Training alone raises these, so the unfinished folder is of this run; one that is resumed was there.
+    except (BudgetError, ConfigError, InexactRemovalError, TrainingError):
+        # What training raises, once the unfinished folder is there; one that is resumed was there before.
         if not resume:
             folder.discard()
         raise

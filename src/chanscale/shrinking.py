@@ -61,8 +61,10 @@ class BudgetPenalty:
     def shrink(self, scales: Scales, pace: Pace) -> float:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
         step, factors = self.step_size(scales, pace), self._factors(scales, pace)
-        for name, scale in scales.items():
-            scale.copy_(soft_threshold(scale, factors[name] * step))
+        for name, importance in self._importance(scales).items():
+            shrunk = soft_threshold(scales[name], factors[name] * step)
+            # Said outright: a weight that is divided by and multiplied with may leave a last bit.
+            scales[name].copy_(torch.where(importance <= step, 0, shrunk))
         return step
 
     @torch.no_grad()
