@@ -72,5 +72,12 @@ def test_measuring_leaves_mode_and_hooks_alone():
     assert model[1].num_batches_tracked == 0
 
 
+def test_a_convolution_that_is_never_called_costs_nothing():
+    model = build("functional")
+    cost = trunk_cost(model, channel_groups(model), images(1))
+    model.spare = nn.Conv2d(3, 99, 3)
+    assert trunk_cost(model, channel_groups(model), images(1)) == cost
+
+
 def test_without_convolutions_there_is_no_cost():
     assert TrunkCost(()).of("parameters") == TrunkCost(()).of("macs") == 0

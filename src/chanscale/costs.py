@@ -80,6 +80,7 @@ def trunk_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Tens
                 positions=positions[name],
             )
             for name, conv in convolutions.items()
+            if name in positions  # one that is never called costs nothing
         )
     )
 

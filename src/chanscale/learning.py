@@ -63,9 +63,23 @@ class Learner:
         with self.fabric.autocast():
             set_head_statistics(model, self.data, self.sample, batch_size=self.config.micro_batch)
 
-    @torch.no_grad()
     def validate(self, model: Classifier) -> dict[str, float]:
         """Return the loss and the AUC on the validation images."""
+        logits, labels = self._validation_logits(model)
+        auc = mean_auc(probabilities(logits).cpu().numpy(), labels.cpu().numpy())
+        return {"validation_loss": float(classification_loss(logits, labels).mean()), "validation_auc": auc}
+
+    def centre(self, model: Classifier) -> None:
+        """Move the intercept of the head, in place, to where the validation images have the least loss.
+
+        The epoch is chosen by AUC, which no intercept changes; probabilities, and what is called positive, need one.
+        """
+        shift = fit_intercept(*self._validation_logits(model))
+        with torch.no_grad():
+            model.head.linear.bias.add_(shift)
+
+    @torch.no_grad()
+    def _validation_logits(self, model: Classifier) -> tuple[Tensor, Tensor]:
         model.eval()
         logits, labels = [], []
         with self.fabric.autocast():
@@ -73,10 +87,7 @@ class Learner:
                 images, targets = self.fabric.to_device((batch.images, batch.labels))
                 logits.append(model(images))
                 labels.append(targets)
-        loss = classification_loss(torch.cat(logits), torch.cat(labels)).mean()
-        scores = probabilities(torch.cat(logits)).cpu().numpy()
-        auc = mean_auc(scores, torch.cat(labels).cpu().numpy())
-        return {"validation_loss": float(loss), "validation_auc": auc}
+        return torch.cat(logits), torch.cat(labels)
 
     def _micro_batches(self, batch: Batch, epoch: int, done: int) -> list[tuple[Tensor, Tensor]]:
         """Return parts of nearly equal size, none of a single image, which has no statistics."""
@@ -88,6 +99,21 @@ class Learner:
         parts = max(1, min(len(images) // 2, -(-len(images) // self.config.micro_batch)))
         pairs = zip(images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
         return [self.fabric.to_device(pair) for pair in pairs]
+
+
+def fit_intercept(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the shift of `logits` (N, outputs) with the least cross-entropy on `labels` (N,); (outputs,)."""
+    shift = torch.zeros(logits.shape[1], device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([shift], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = classification_loss(logits + shift, labels).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return shift.detach()
 
 
 def merit(row: dict[str, Any]) -> tuple[float, float]:

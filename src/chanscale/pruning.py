@@ -76,8 +76,9 @@ def check_removal(pruned: nn.Module, masked: nn.Module, example: Tensor) -> floa
 @torch.no_grad()
 def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float:
     """Return the largest change of an output on `example`, relative to the largest output before; in fp64."""
-    # In fp32, the head's division by small deviations would make rounding look like a change.
-    old, new = (copy.deepcopy(net).double().eval()(example.double()) for net in (before, after))
+    # In fp32, the head's division by small deviations would make rounding look like a change. On the CPU,
+    # since not every device has fp64.
+    old, new = (copy.deepcopy(net).cpu().double().eval()(example.cpu().double()) for net in (before, after))
     return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
 
 

@@ -52,6 +52,7 @@ def fit(
             save(state)
     if state.best is None:
         raise TrainingError("no epoch met the budget; give it more epochs with --scale-epochs")
+    runner.centre(state.best.model)
     return state.best
 
 
