@@ -298,13 +298,6 @@ def test_a_breakdown_in_a_resumed_run_leaves_what_was_there(tmp_path, asked, cap
     assert (tmp_path / "run.partial" / "config.yaml").exists()
 
 
-def test_a_breakdown_of_a_new_run_leaves_nothing(tmp_path, asked, capsys):
-    asked.before_the_error = lambda: leave_unfinished_run(tmp_path)
-    asked.error = TrainingError("the loss became nan")
-    assert fit(tmp_path) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
 def test_the_libraries_below_say_nothing_of_themselves(asked):
     cli.run(["--version"])
     assert rank_zero_module.log.name == cli.CHATTY

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from chanscale.channels import ChannelGroup, channel_groups
 from chanscale.errors import ModelError
+from chanscale.pooling import FrugalMaxPool2d
 from chanscale.scaling import AbsorbedReLU, ChannelScale, FrozenBatchNorm2d, FrozenConv2d, ensure_affine
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +31,8 @@ def attach_scales(model: Model) -> Model:
             replace_module(scaled, name, FrozenConv2d.of(module))
         elif isinstance(module, nn.BatchNorm2d):
             replace_module(scaled, name, FrozenBatchNorm2d.of(module))
+        elif isinstance(module, nn.MaxPool2d) and not module.return_indices:
+            replace_module(scaled, name, FrugalMaxPool2d.of(module))
     for group in groups:
         _insert_scale(scaled, group)
     return scaled
@@ -47,7 +50,7 @@ def merge_scales(model: Model) -> Model:
     for group in groups:
         _fold(merged.get_submodule(group.anchor))
     for name, module in list(merged.named_modules()):
-        if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
+        if isinstance(module, FrozenConv2d | FrozenBatchNorm2d | FrugalMaxPool2d):
             replace_module(merged, name, module.thaw())
         elif isinstance(module, AbsorbedReLU):
             replace_module(merged, name, nn.ReLU(inplace=True))

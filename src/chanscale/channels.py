@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from chanscale.backbones import Preprocessing
 from chanscale.errors import UnsupportedTopologyError
 from chanscale.heads import PooledHead
+from chanscale.pooling import FrugalMaxPool2d
 from chanscale.scaling import AbsorbedReLU, FrozenBatchNorm2d, FrozenConv2d
 
 # Exactly these: a subclass may compute something else.
@@ -86,7 +87,9 @@ def output_width(trunk: nn.Module) -> int:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, (*CONVOLUTIONS, *NORMS, *CONSUMERS, AbsorbedReLU, Preprocessing))
+        known = isinstance(
+            m, (*CONVOLUTIONS, *NORMS, *CONSUMERS, AbsorbedReLU, FrugalMaxPool2d, Preprocessing)
+        )
         return known or super().is_leaf_module(m, module_qualified_name)
 
 

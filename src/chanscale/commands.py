@@ -32,7 +32,6 @@ from chanscale.display import (
     steps_of,
     watching,
 )
-from chanscale.errors import BudgetError, ConfigError, InexactRemovalError, TrainingError
 from chanscale.wording import size_on_disk
 
 if TYPE_CHECKING:
@@ -238,11 +237,6 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
             return scale_and_select(
                 config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
             )
-    except (BudgetError, ConfigError, InexactRemovalError, TrainingError):
-        # What training raises, once the unfinished folder is there; one that is resumed was there before.
-        if not resume:
-            folder.discard()
-        raise
     except KeyboardInterrupt as interrupt:
         if folder.partial.exists():
             raise UnfinishedRun from interrupt

@@ -110,9 +110,9 @@ class FitConfig(BaseModel):
         description="Shrinkage per batch, as a share of the learning rate: a channel stays if its gradient "
         "agrees with itself more than this. Learning rate and penalty follow from it and from the budget.",
     )
-    head_lr: float = Field(1e-2, gt=0, description="Learning rate of the head.")
+    head_lr: float = Field(1e-2, gt=0, le=10, description="Learning rate of the head.")
     refine_lr: float = Field(
-        1e-2, gt=0, description="Learning rate of the scales in refinement, at its start."
+        1e-2, gt=0, le=10, description="Learning rate of the scales in refinement, at its start."
     )
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")

@@ -48,7 +48,7 @@ class EpochRunner(Learner):
         scales = scales_of(state.model)
         model.train()
         losses, step = [], 0.0
-        for done, batch in enumerate(self.train.epoch(moment.epoch)):
+        for done, batch in enumerate(self.start_epoch(moment.epoch)):
             self._set_learning_rates(state, scales, moment, done)
             losses.append(self.backward(model, batch, moment.epoch, done))
             step = self._update(state, scales, optimizer, moment, done)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from chanscale.classifier import Classifier, probabilities
 from chanscale.data.loading import BatchLoader, DecodedImages
+from chanscale.errors import DataError
 from chanscale.metrics import Estimate, estimate, metrics_for
 
 
@@ -40,7 +41,14 @@ def evaluate(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Judge `model` on the images of `data` at `indices` (default: all). Raises DataError when there are none."""
+    """Judge `model` on the images of `data` at `indices` (default: all). Raises DataError when there are none,
+    or when their classes are not those of the model.
+    """
+    if tuple(data.images.classes) != tuple(model.classes):
+        raise DataError(
+            f"the images have the classes {', '.join(data.images.classes)}, the model {', '.join(model.classes)}; "
+            "open them with open_images(..., classes=model.classes)"
+        )
     indices = range(len(data)) if indices is None else indices
     scores, labels = predict(model, data, indices, progress=progress)
     records = [data.images.records[i] for i in indices]

@@ -1,6 +1,7 @@
 """What every way of training shares: batches, gradients, statistics and validation."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Learner:
         self.sample = splits.train[:: max(1, len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
 
+    def start_epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the training batches of `epoch`; layers that draw at random draw what that epoch would draw."""
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1)[0]))
+        return self.train.epoch(epoch)
+
     def backward(self, model: Any, batch: Batch, epoch: int, done: int) -> float:
         """Sum up the gradients of batch `done` of an epoch, a few images at a time; return its mean loss.
 
@@ -66,6 +72,10 @@ class Learner:
     def validate(self, model: Classifier) -> dict[str, float]:
         """Return the loss and the AUC on the validation images."""
         logits, labels = self._validation_logits(model)
+        if not logits.isfinite().all():
+            raise TrainingError(
+                "the outputs on the validation images are not finite; use --precision 32-true, or a lower --head-lr"
+            )
         auc = mean_auc(probabilities(logits).cpu().numpy(), labels.cpu().numpy())
         return {"validation_loss": float(classification_loss(logits, labels).mean()), "validation_auc": auc}
 

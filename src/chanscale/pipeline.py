@@ -22,7 +22,7 @@ from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
-from chanscale.errors import ConfigError
+from chanscale.errors import ChanscaleError, ConfigError
 from chanscale.evaluation import evaluate
 from chanscale.progress import Watcher
 from chanscale.runs import NOTICE, RunFolder
@@ -56,9 +56,25 @@ def scale_and_select(
     returns a feature map. `data`: a folder, CSV or npz file, or an `ImageSet`. The run lies beside `out`
     until it is whole; with `resume`, an interrupted one goes on. Raises ChanscaleError.
     """
-    began = perf_counter()
     config, watcher = config or FitConfig(), watcher or Watcher()
     folder = RunFolder.open(Path(out), config, resume=resume) if out is not None else None
+    try:
+        return _run(model, data, config, folder, watcher)
+    except ChanscaleError:
+        # Nothing half-written; but what an interrupted run had reached before this call is not thrown away.
+        if folder and not resume:
+            folder.discard()
+        raise
+
+
+def _run(
+    model: str | nn.Module,
+    data: str | Path | ImageSet,
+    config: FitConfig,
+    folder: RunFolder | None,
+    watcher: Watcher,
+) -> Run:
+    began = perf_counter()
     images = load_images(data, config, watcher)
     splits = split_images(images.images, validation=config.validation, test=config.test, seed=config.seed)
     classifier = build_classifier(model, images.images.classes, config, watcher)
@@ -109,7 +125,7 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
 
 
 def _open(path: Path, config: FitConfig) -> ImageSet:
-    images = open_images(path, group_pattern=config.group_pattern)
+    images = open_images(path, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
     if config.positive is None:
         return images
     others = tuple(name for name in images.classes if name != config.positive)
@@ -117,7 +133,12 @@ def _open(path: Path, config: FitConfig) -> ImageSet:
         raise ConfigError(
             f"positive={config.positive!r} must be one of two classes; have {', '.join(images.classes)}"
         )
-    return open_images(path, group_pattern=config.group_pattern, classes=(*others, config.positive))
+    return open_images(
+        path,
+        group_pattern=config.group_pattern,
+        classes=(*others, config.positive),
+        skip_bad=config.skip_bad,
+    )
 
 
 def build_classifier(

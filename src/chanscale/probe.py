@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chanscale.classifier import Classifier
 from chanscale.data.loading import BatchLoader, DecodedImages
+from chanscale.errors import TrainingError
 from chanscale.heads import standardise
 
 STRENGTH = 0.01
@@ -24,8 +25,13 @@ def fit_probe(model: Classifier, data: DecodedImages, indices: Sequence[int], *,
 def fit_head(model: Classifier, features: Tensor, labels: Tensor, *, c: float = STRENGTH) -> None:
     """Set the head of `model`, in place, to a logistic regression on standardised `features` (N, C).
 
-    `labels`: (N,). `c`: inverse strength of the L2 penalty, as in scikit-learn.
+    `labels`: (N,). `c`: inverse strength of the L2 penalty, as in scikit-learn. Raises TrainingError when
+    a feature is not finite.
     """
+    if not features.isfinite().all():
+        raise TrainingError(
+            "the features of the network are not finite; use --precision 32-true, or other weights"
+        )
     head = model.head
     head.set_statistics(features.to(head.mean.device))
     standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy().astype(np.float64)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,36 @@ def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float
     """Return the largest change of an output on `example`, relative to the largest output before; in fp64."""
     # In fp32, the head's division by small deviations would make rounding look like a change. On the CPU,
     # since not every device has fp64.
-    old, new = (copy.deepcopy(net).cpu().double().eval()(example.cpu().double()) for net in (before, after))
+    old, new = (_in_double(net).eval()(example.cpu().double()) for net in (before, after))
     return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
+
+
+def _in_double(net: Model) -> Model:
+    """Return a twin of `net` that computes in fp64 on the CPU.
+
+    Each module casts its tensors when it is called, and drops them again: a whole copy would double the memory
+    of a training run.
+    """
+    twin = copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
+
+    def cast(module: nn.Module, _: Any) -> None:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point():
+                    doubled = tensor.detach().cpu().double()
+                    trained = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(doubled, requires_grad=False) if trained else doubled
+
+    for module in twin.modules():
+        whole = dict(module._parameters), dict(module._buffers)
+
+        def drop(module: nn.Module, *_: Any, whole: tuple[dict[str, Any], dict[str, Any]] = whole) -> None:
+            module._parameters.update(whole[0])
+            module._buffers.update(whole[1])
+
+        module.register_forward_pre_hook(cast)
+        module.register_forward_hook(drop)
+    return twin
 
 
 def _own(model: nn.Module, shared: Mapping[int, Tensor]) -> None:

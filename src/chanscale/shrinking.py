@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from chanscale.config import FitConfig, Weighting
 from chanscale.costs import TrunkCost
+from chanscale.errors import BudgetError
 from chanscale.scaling import soft_threshold
 from chanscale.selection import ChannelSelection, WidthRule, keep_above, keep_within
 
@@ -89,6 +90,14 @@ class BudgetPenalty:
         return keep_within(
             self._importance(scales), cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule
         )
+
+    def allows(self, scales: Scales, budget: float) -> bool:
+        """Whether the allowed widths can meet `budget`."""
+        try:
+            self.select_within(scales, budget)
+        except BudgetError:
+            return False
+        return True
 
     def select_reached(self, scales: Scales, budget: float) -> ChannelSelection:
         """Select the channels above the threshold, but do not go further than the budget."""

@@ -16,10 +16,10 @@ from chanscale.epochs import EpochRunner
 from chanscale.errors import TrainingError
 from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
-from chanscale.schedule import plan_epochs
+from chanscale.schedule import Moment, plan_epochs
 from chanscale.selection import WidthRule
 from chanscale.shrinking import BudgetPenalty
-from chanscale.state import Best, TrainingState, make_optimizer
+from chanscale.state import Best, TrainingState, make_optimizer, scales_of
 
 
 def fit(
@@ -45,7 +45,7 @@ def fit(
     for moment in plan_epochs(config):
         if moment.epoch < state.epoch:
             continue
-        if moment.opens_stage and moment.stage > 0 and not _accepted(state, moment.stage - 1):
+        if moment.opens_stage and moment.stage > 0 and not _goes_on(state, penalty, moment):
             break
         runner.run(state, moment)
         if save:
@@ -74,5 +74,7 @@ def width_rule(groups: tuple[ChannelGroup, ...], config: FitConfig) -> WidthRule
     return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded)
 
 
-def _accepted(state: TrainingState, stage: int) -> bool:
-    return state.best is not None and state.best.row["stage"] == stage
+def _goes_on(state: TrainingState, penalty: BudgetPenalty, moment: Moment) -> bool:
+    """Whether the stage before `moment` was accepted, and there is a network small enough for the next."""
+    accepted = state.best is not None and state.best.row["stage"] == moment.stage - 1
+    return accepted and penalty.allows(scales_of(state.model), moment.budget)

@@ -39,7 +39,7 @@ def train_full(
         began = perf_counter()
         wrapped.train()
         losses = []
-        for done, batch in enumerate(learner.train.epoch(moment.epoch)):
+        for done, batch in enumerate(learner.start_epoch(moment.epoch)):
             factor = cosine((moment.epoch + done / len(learner.train)) / len(moments))
             for group, lr in zip(optimizer.param_groups, (TRUNK_LR, HEAD_LR), strict=True):
                 group["lr"] = lr * factor
