@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chanscale.artifact import METADATA
 from chanscale.attaching import attach_scales
 from chanscale.channels import channel_groups
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
@@ -148,7 +149,8 @@ def test_a_file_whose_parts_do_not_fit_is_an_error(saved, change):
     _, trunk, path = saved
     content = path.read_bytes()
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    tensors, story = load_file(path), json.loads(metadata["story"])
+    told = json.loads(metadata[METADATA])
+    tensors, story = load_file(path), told["story"]
     if change == "story":
         del story["kept"]
     elif change == "kept":
@@ -157,7 +159,7 @@ def test_a_file_whose_parts_do_not_fit_is_an_error(saved, change):
         del tensors["moments.0.exp_avg"]
     else:
         del tensors["model.head.mean"]
-    save_file(tensors, path, {**metadata, "story": json.dumps(story)})
+    save_file(tensors, path, {METADATA: json.dumps(told)})
     error_of(path, trunk)
 
 

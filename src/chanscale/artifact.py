@@ -23,6 +23,8 @@ from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
 
 FORMAT = "chanscale-model/1"
+METADATA = "chanscale"
+"""The one entry of a file's metadata."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ INFO = TypeAdapter(ModelInfo)
 
 def save_model(model: Classifier, info: ModelInfo, path: Path | str) -> Path:
     """Write the tensors of a scaled `model`, and `info` in the metadata, to one safetensors file."""
-    metadata = {"format": FORMAT, "chanscale": __version__, "info": json.dumps(asdict(info), sort_keys=True)}
+    metadata = {"format": FORMAT, "chanscale": __version__, "info": asdict(info)}
     return write_tensors(Path(path), model.state_dict(), metadata)
 
 
@@ -92,22 +94,23 @@ def assemble(preprocessing: nn.Module, trunk: nn.Module, *, classes: tuple[str, 
     return Classifier(preprocessing, trunk, channels=output_width(trunk), classes=classes)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write one safetensors file, whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write one safetensors file, whole or not at all; equal content gives equal bytes."""
     # Clones: safetensors takes no memory that bears two names.
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    write_atomically(path, save(plain, metadata))
+    # One entry: safetensors writes several in an order that differs from run to run.
+    write_atomically(path, save(plain, {METADATA: json.dumps(metadata)}))
     return path
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the metadata of a safetensors file. Raises ArtifactError."""
     try:
         with safe_open(path, framework="pt") as file:
             # Clones: in memory that is not aligned, some kernels add in another order, and round differently.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            return tensors, dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ArtifactError(
             f"{path} is not a whole safetensors file ({error}); fit the model again"
         ) from error
@@ -125,9 +128,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     return tensors, _parse(path, metadata)
 
 
-def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
+def _parse(path: Path, metadata: Mapping[str, Any]) -> ModelInfo:
     try:
-        return INFO.validate_json(metadata["info"], strict=True)
+        return INFO.validate_json(json.dumps(metadata["info"]), strict=True)
     except KeyError as error:
         reason = f"no {error}"
     except ValidationError as error:

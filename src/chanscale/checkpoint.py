@@ -1,6 +1,5 @@
 """Save a run after each epoch, and read it back to go on as if nothing had happened."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -34,12 +33,7 @@ def save_checkpoint(state: TrainingState, info: ModelInfo, notes: Mapping[str, A
         if best is not None:
             tensors |= _prefixed(name, best.model.state_dict())
             story[name] = {"kept": _lists(best.kept), "row": best.row}
-    metadata = {
-        "info": json.dumps(asdict(info)),
-        "story": json.dumps(story),
-        "notes": json.dumps(dict(notes)),
-    }
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, {"info": asdict(info), "story": story, "notes": dict(notes)})
 
 
 def load_checkpoint(
@@ -48,7 +42,7 @@ def load_checkpoint(
     """Return the state and the notes that were saved. Raises ArtifactError for a missing or damaged file."""
     try:
         tensors, metadata = read_tensors(path)
-        info, story, notes = (json.loads(metadata[key]) for key in ("info", "story", "notes"))
+        info, story, notes = (metadata[key] for key in ("info", "story", "notes"))
         return _restore_state(tensors, info, story, config, trunk), notes
     except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -92,7 +92,8 @@ def _in_double(net: Model) -> Model:
     twin = copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
 
     def cast(module: nn.Module, _: Any) -> None:
-        for tensors in (module._parameters, module._buffers):
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in own:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_floating_point():
                     doubled = tensor.detach().cpu().double()
