@@ -110,7 +110,7 @@ class FitConfig(BaseModel):
         description="Shrinkage per batch, as a share of the learning rate: a channel stays if its gradient "
         "agrees with itself more than this. Learning rate and penalty follow from it and from the budget.",
     )
-    head_lr: float = Field(1e-2, gt=0, le=10, description="Learning rate of the head.")
+    head_lr: float = Field(1e-3, gt=0, le=10, description="Learning rate of the head.")
     refine_lr: float = Field(
         1e-2, gt=0, le=10, description="Learning rate of the scales in refinement, at its start."
     )

@@ -16,7 +16,7 @@ from chanscale import __version__
 from chanscale.artifact import ModelInfo, assemble
 from chanscale.backbones import BACKBONES, Preprocessing, find_backbone, load_backbone
 from chanscale.channels import channel_groups
-from chanscale.classifier import Classifier
+from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
@@ -151,7 +151,9 @@ def build_classifier(
     else:
         preprocessing, trunk = Preprocessing(), model
     torch.manual_seed(config.seed)
-    return assemble(preprocessing, trunk, classes=classes)
+    classifier = assemble(preprocessing, trunk, classes=classes)
+    # As training wants it, so that the weights are shared with the scaled copy; a user's trunk is left as it is.
+    return to_channels_last(classifier) if isinstance(model, str) else classifier
 
 
 def describe_model(model: str | nn.Module, classifier: Classifier, images: DecodedImages) -> ModelInfo:
