@@ -121,7 +121,8 @@ class _ScaleReLU(torch.autograd.Function):
         z, scale = ctx.saved_tensors
         # At a scale of 0 the ReLU is differentiated from the right: a channel that reached 0 can come back.
         before_relu = z * _per_channel(torch.where(scale == 0, 1.0, scale), z)
-        grad = torch.ops.aten.threshold_backward(grad, before_relu, 0)
+        # The result takes the place of `before_relu`: it is maps like these that memory goes to, not weights.
+        grad = torch.ops.aten.threshold_backward.grad_input(grad, before_relu, 0, grad_input=before_relu)
         # A scale is a batch norm with mean 0 and variance 1; its kernel forms both gradients in one pass.
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
         grad_z, grad_scale, _ = torch.ops.aten.native_batch_norm_backward(
