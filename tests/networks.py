@@ -37,6 +37,15 @@ def norm_trunk(*, affine=True) -> nn.Module:
     )  # fmt: skip
 
 
+def late_norm_trunk() -> nn.Module:
+    """Norms behind the ReLU, and on both sides of it."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(8), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.BatchNorm2d(12),
+        nn.Conv2d(12, 10, 3), nn.ReLU(), nn.BatchNorm2d(10), nn.ReLU(),
+    )  # fmt: skip
+
+
 def bare_trunk() -> nn.Module:
     """No activation at all behind one convolution, and others than ReLU behind the rest."""
     return nn.Sequential(
@@ -113,6 +122,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "without bias": partial(plain_trunk, bias=False),
     "batch norm": norm_trunk,
     "batch norm without weights": partial(norm_trunk, affine=False),
+    "norm behind the ReLU": late_norm_trunk,
     "without ReLU": bare_trunk,
     "strides and paddings": strided_trunk,
     "nested, shared ReLU": nested_trunk,

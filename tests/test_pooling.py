@@ -32,6 +32,15 @@ def test_outputs_and_gradients_are_those_of_the_plain_pooling(name, layout, dtyp
     assert ours.grad.abs().max() > 0
 
 
+def test_a_window_as_large_as_the_map_finds_its_pixel():
+    pool = nn.MaxPool2d(224)
+    x = torch.zeros(1, 1, 224, 224)
+    x[..., 200, 100] = 1
+    x.requires_grad_()
+    FrugalMaxPool2d.of(pool)(x).sum().backward()
+    assert x.grad[0, 0].nonzero().tolist() == [[200, 100]]
+
+
 def test_it_keeps_two_bytes_for_each_output():
     kept = []
     x = torch.randn(2, 4, 8, 8, requires_grad=True)

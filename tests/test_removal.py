@@ -109,7 +109,7 @@ def test_model_and_optimizer_are_left_as_they_were(trained):
 
 def test_a_removal_that_is_not_exact_is_refused(trained, monkeypatch):
     model, optimizer, kept, selection = trained
-    monkeypatch.setattr("chanscale.removal.mask_channels", lambda model, _: model)
+    monkeypatch.setattr("chanscale.removal.silence_channels", lambda _model, _selection: None)
     selection = ChannelSelection({"trunk.0": torch.arange(2)})
     with pytest.raises(InexactRemovalError, match="Please report it"):
         remove_channels(model, optimizer, kept, selection, example=images(2, side=32))

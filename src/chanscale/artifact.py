@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chanscale import __version__
 from chanscale.attaching import attach_scales
-from chanscale.backbones import Preprocessing, build_backbone
+from chanscale.backbones import BACKBONES, Preprocessing, build_backbone
 from chanscale.channels import output_width
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError
@@ -66,6 +66,10 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     tensors, info = _read(path)
+    if trunk is None and info.backbone not in BACKBONES:
+        raise ArtifactError(
+            f"{path} was made from a network of your own, {info.backbone}; pass that network as `trunk`"
+        )
     try:
         model = rebuild(info, trunk=trunk)
         model.load_state_dict(tensors, assign=True)

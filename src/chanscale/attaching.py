@@ -31,7 +31,7 @@ def attach_scales(model: Model) -> Model:
             replace_module(scaled, name, FrozenConv2d.of(module))
         elif isinstance(module, nn.BatchNorm2d):
             replace_module(scaled, name, FrozenBatchNorm2d.of(module))
-        elif isinstance(module, nn.MaxPool2d) and not module.return_indices:
+        elif type(module) is nn.MaxPool2d and not module.return_indices:
             replace_module(scaled, name, FrugalMaxPool2d.of(module))
     for group in groups:
         _insert_scale(scaled, group)

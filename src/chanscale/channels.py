@@ -155,7 +155,8 @@ class _Chain:
         if isinstance(module, nn.Conv2d) and type(module) in CONVOLUTIONS:
             self._open_group(node, name, module)
         elif type(module) in NORMS and self.open:
-            self._follow(norms=(*self.groups[-1].norms, name))
+            # A ReLU met before stands in front of the new anchor: the scale behind it cannot take its place.
+            self._follow(norms=(*self.groups[-1].norms, name), relu=None)
             self._follow_scale(name, module)
         elif type(module) in CONSUMERS:
             self._consume(node, name, module)

@@ -1,5 +1,6 @@
 """The network as a whole: pixels in, logits out."""
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanscale.errors import ConfigError
+from chanscale.errors import ConfigError, ModelError
 from chanscale.heads import PooledHead
 
 
@@ -42,6 +43,20 @@ def to_channels_last(model: Classifier) -> Classifier:
     """Lay the weights of `model` out, in place, as convolution kernels want them; return it."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+@torch.no_grad()
+def require_features(model: Classifier, images: Tensor) -> None:
+    """Raise ModelError unless the trunk of `model` makes a feature map (N, C, h, w) of `images` (N, C, H, W)."""
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    try:
+        features: object = twin.eval().feature_map(images)
+    except Exception as error:  # whatever the user's trunk raises
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"the network does not run on images of {tuple(images.shape[1:])}: {reason}") from error
+    if not isinstance(features, Tensor) or features.dim() != 4:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ModelError(f"the trunk must return a feature map (N, C, H, W). Got {got}; pass it without its head")
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

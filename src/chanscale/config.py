@@ -22,7 +22,7 @@ Precision = Literal["auto", "32-true", "bf16-mixed"]
 class FitConfig(BaseModel):
     """What `scale_and_select` does, whole and validated; frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # --- images
     image_size: int = Field(
@@ -48,7 +48,7 @@ class FitConfig(BaseModel):
     augment: bool = Field(
         True, description="Rotate, shift, zoom, mirror and change the contrast of training images."
     )
-    workers: int = Field(2, ge=0, description="Threads or processes that decode images.")
+    workers: int = Field(2, ge=0, description="Threads that decode images.")
     cache_gib: float | None = Field(
         None, ge=0, description="Memory for decoded images, in GiB; default: a quarter of what is free."
     )
@@ -95,11 +95,12 @@ class FitConfig(BaseModel):
         description="0: the penalty takes the same off every scale (plain L1); above, as the phase goes on: more off "
         "small scales and less off large ones, which keeps the signal of those that stay.",
     )
-    threshold: float = Field(
-        0.0,
+    threshold: float | None = Field(
+        None,
         ge=0,
         lt=1,
-        description="Channels whose scale is at most this are removed; at 0 every removal is exact.",
+        description="Channels whose scale is at most this are removed. Default: 0 with the proximal penalty, so that "
+        "every removal is exact; 0.01 with the gradient, which never reaches 0.",
     )
     scale_epochs: int = Field(8, ge=1, description="Epochs in which the scales shrink to the budget.")
     refine_epochs: int = Field(12, ge=0, description="Epochs without the penalty, after the last removal.")
@@ -117,16 +118,22 @@ class FitConfig(BaseModel):
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
-        20,
-        ge=2,
-        description="Images computed at a time, their gradients summed. Fewer take less memory, but leave the "
-        "head noisier statistics, which costs accuracy.",
+        5, ge=1, description="Images of a step that the trunk computes at a time; fewer take less memory."
     )
 
     # --- machine
-    seed: int = Field(0, ge=0, description="Fixes the split, the order of images, the augmentation, all.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Fixes the split, the order of images, the augmentation, all."
+    )
     precision: Precision = Field("auto", description="bf16-mixed where the processor has it, else fp32.")
     device: str = Field("auto", description="auto, cpu, cuda or mps.")
+
+    @property
+    def cut(self) -> float:
+        """The threshold, or its default for the penalty."""
+        if self.threshold is not None:
+            return self.threshold
+        return 0.0 if self.penalty == "proximal" else 0.01
 
     @model_validator(mode="after")
     def _shares_leave_training_images(self) -> Self:
@@ -138,7 +145,7 @@ class FitConfig(BaseModel):
     def build(cls, options: dict[str, Any]) -> Self:
         """Validate `options`. Raises ConfigError, in one line that names the option."""
         try:
-            return cls(**options)
+            return cls.model_validate(options)
         except ValidationError as error:
             raise ConfigError("; ".join(_describe(detail) for detail in error.errors())) from error
 

@@ -95,12 +95,13 @@ def _output_positions(model: nn.Module, layers: Mapping[str, nn.Module], example
         return layers[name].register_forward_hook(hook)
 
     hooks = [record(name) for name in layers]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(example)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()  # type: ignore[attr-defined]
     return positions

@@ -1,5 +1,6 @@
 """Device and precision, through Lightning Fabric."""
 
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -12,7 +13,7 @@ from chanscale.errors import ConfigError
 
 def make_fabric(config: FitConfig) -> Fabric:
     """Return the Fabric that moves, casts and backpropagates for a run. Raises ConfigError."""
-    precision = config.precision if config.precision != "auto" else fastest_precision(config.device)
+    precision = find_precision(config)
     try:
         return Fabric(accelerator=config.device, devices=1, precision=precision)
     except Exception as error:  # Fabric raises whatever its plugin for the device raises
@@ -20,12 +21,21 @@ def make_fabric(config: FitConfig) -> Fabric:
         raise ConfigError(f"device={config.device!r} cannot be used ({reason}); use --device cpu") from error
 
 
+def find_precision(config: FitConfig) -> FixedPrecision:
+    """Return the precision that `config` names, or the fastest one where it says `auto`."""
+    return fastest_precision(config.device) if config.precision == "auto" else config.precision
+
+
+@cache
 def fastest_precision(device: str) -> FixedPrecision:
     """Return `bf16-mixed` if this machine computes it faster than fp32, measured, else `32-true`.
 
-    Processors without bf16 instructions emulate them, several times slower; the gap is wide either way.
+    Processors without bf16 instructions emulate them, several times slower; the gap is wide either way. Measured
+    once in a process.
     """
     cuda = device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    if device == "mps" or (device == "auto" and not cuda and torch.backends.mps.is_available()):
+        return "32-true"
     where = torch.device("cuda" if cuda else "cpu")
     if cuda:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"

@@ -44,13 +44,13 @@ class EpochRunner(Learner):
 
     def _train(self, state: TrainingState, moment: Moment) -> tuple[float, float]:
         """Return the mean loss, and the last step of the penalty."""
-        model, optimizer = self.fabric.setup(state.model, state.optimizer)
+        _, optimizer = self.fabric.setup(state.model, state.optimizer)
         scales = scales_of(state.model)
-        model.train()
+        state.model.train()
         losses, step = [], 0.0
         for done, batch in enumerate(self.start_epoch(moment.epoch)):
             self._set_learning_rates(state, scales, moment, done)
-            losses.append(self.backward(model, batch, moment.epoch, done))
+            losses.append(self.backward(state.model, batch, moment.epoch, done))
             step = self._update(state, scales, optimizer, moment, done)
             self.watcher.on_batch(moment, done + 1, len(self.train), losses[-1])
         return sum(losses) / len(losses), step

@@ -40,7 +40,7 @@ class Learner:
         self.validation = BatchLoader(
             data, splits.validation, batch_size=config.micro_batch, workers=config.workers
         )
-        self.sample = splits.train[:: max(1, len(splits.train) // SAMPLE)]
+        self.sample = splits.train[:: -(-len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
 
     def start_epoch(self, epoch: int) -> Iterator[Batch]:
@@ -48,16 +48,18 @@ class Learner:
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1)[0]))
         return self.train.epoch(epoch)
 
-    def backward(self, model: Any, batch: Batch, epoch: int, done: int) -> float:
-        """Sum up the gradients of batch `done` of an epoch, a few images at a time; return its mean loss.
+    def backward(self, model: Classifier, batch: Batch, epoch: int, done: int) -> float:
+        """Add the gradients of batch `done` of an epoch; return its mean loss.
 
-        Raises TrainingError when the loss is not finite.
+        The trunk computes a few images at a time, forth and back, which keeps the passing maps small; the head sees
+        all, since it takes their statistics. Raises TrainingError when the loss is not finite.
         """
-        total = 0.0
-        for images, labels in self._micro_batches(batch, epoch, done):
-            loss = classification_loss(model(images), labels).sum() / len(batch.labels)
-            self.fabric.backward(loss)
-            total += float(loss.detach())
+        images, labels = self.fabric.to_device((self._augment(batch.images, epoch, done), batch.labels))
+        with self.fabric.autocast():
+            maps = torch.cat([model.feature_map(part) for part in images.split(self.config.micro_batch)])
+            loss = classification_loss(model.head(maps), labels).mean()
+        self.fabric.backward(loss)
+        total = float(loss.detach())
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss became {total} in epoch {epoch}; use --precision 32-true, or a lower --head-lr"
@@ -69,9 +71,18 @@ class Learner:
         with self.fabric.autocast():
             set_head_statistics(model, self.data, self.sample, batch_size=self.config.micro_batch)
 
+    def settle(self, model: Classifier) -> None:
+        """Renew the statistics of the head of `model`, in place, for inference, which is in fp32.
+
+        bf16 rounds a feature by up to 0.4 % of its size, which can be several of its deviations: statistics taken
+        in bf16 shift every logit of an fp32 network.
+        """
+        set_head_statistics(model, self.data, self.sample, batch_size=self.config.micro_batch)
+
     def validate(self, model: Classifier) -> dict[str, float]:
         """Return the loss and the AUC on the validation images."""
-        logits, labels = self._validation_logits(model)
+        with self.fabric.autocast():
+            logits, labels = self._validation_logits(model)
         if not logits.isfinite().all():
             raise TrainingError(
                 "the outputs on the validation images are not finite; use --precision 32-true, or a lower --head-lr"
@@ -80,10 +91,13 @@ class Learner:
         return {"validation_loss": float(classification_loss(logits, labels).mean()), "validation_auc": auc}
 
     def centre(self, model: Classifier) -> None:
-        """Move the intercept of the head, in place, to where the validation images have the least loss.
+        """Move the intercept of the head, in place, to where the validation images have the least loss, in fp32.
 
-        The epoch is chosen by AUC, which no intercept changes; probabilities, and what is called positive, need one.
+        The epoch is chosen by AUC; what is called positive, at a probability of 0.5, needs an intercept. With more
+        than two classes none is fitted: the intercepts then decide which class wins, and change the AUC too.
         """
+        if model.head.linear.out_features > 1:
+            return
         shift = fit_intercept(*self._validation_logits(model))
         with torch.no_grad():
             model.head.linear.bias.add_(shift)
@@ -92,23 +106,18 @@ class Learner:
     def _validation_logits(self, model: Classifier) -> tuple[Tensor, Tensor]:
         model.eval()
         logits, labels = [], []
-        with self.fabric.autocast():
-            for batch in self.validation.epoch():
-                images, targets = self.fabric.to_device((batch.images, batch.labels))
-                logits.append(model(images))
-                labels.append(targets)
+        for batch in self.validation.epoch():
+            images, targets = self.fabric.to_device((batch.images, batch.labels))
+            logits.append(model(images))
+            labels.append(targets)
         return torch.cat(logits), torch.cat(labels)
 
-    def _micro_batches(self, batch: Batch, epoch: int, done: int) -> list[tuple[Tensor, Tensor]]:
-        """Return parts of nearly equal size, none of a single image, which has no statistics."""
-        images = batch.images
-        if self.config.augment:
-            # Seeded by the place in the run: a resumed run draws what an undisturbed one would have.
-            seed = np.random.SeedSequence((self.config.seed, epoch, done)).generate_state(1)[0]
-            images = augment(images, generator=torch.Generator().manual_seed(int(seed)))
-        parts = max(1, min(len(images) // 2, -(-len(images) // self.config.micro_batch)))
-        pairs = zip(images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
-        return [self.fabric.to_device(pair) for pair in pairs]
+    def _augment(self, images: Tensor, epoch: int, done: int) -> Tensor:
+        if not self.config.augment:
+            return images
+        # Seeded by the place in the run: a resumed run draws what an undisturbed one would have.
+        seed = np.random.SeedSequence((self.config.seed, epoch, done)).generate_state(1)[0]
+        return augment(images, generator=torch.Generator().manual_seed(int(seed)))
 
 
 def fit_intercept(logits: Tensor, labels: Tensor) -> Tensor:

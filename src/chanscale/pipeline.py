@@ -1,7 +1,6 @@
 """From images to a run folder: the steps, in order."""
 
 import platform
-import resource
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -16,12 +16,13 @@ from chanscale import __version__
 from chanscale.artifact import ModelInfo, assemble
 from chanscale.backbones import BACKBONES, Preprocessing, find_backbone, load_backbone
 from chanscale.channels import channel_groups
-from chanscale.classifier import Classifier, to_channels_last
+from chanscale.classifier import Classifier, require_features, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
+from chanscale.devices import find_precision
 from chanscale.errors import ChanscaleError, ConfigError
 from chanscale.evaluation import evaluate
 from chanscale.progress import Watcher
@@ -65,6 +66,9 @@ def scale_and_select(
         if folder and not resume:
             folder.discard()
         raise
+    finally:
+        if folder:
+            folder.release()
 
 
 def _run(
@@ -76,15 +80,25 @@ def _run(
 ) -> Run:
     began = perf_counter()
     images = load_images(data, config, watcher)
-    splits = split_images(images.images, validation=config.validation, test=config.test, seed=config.seed)
+    splits = (folder.read_splits(images.images) if folder else None) or split_images(
+        images.images, validation=config.validation, test=config.test, seed=config.seed
+    )
     classifier = build_classifier(model, images.images.classes, config, watcher)
+    require_features(classifier, images.batch(splits.train[:2])[0])
     info = describe_model(model, classifier, images)
     if folder:
         folder.begin(images.images, splits)
     state, notes = (folder.load(classifier.trunk) if folder else None) or (None, {})
+    # Measured once, so that both halves of an interrupted run compute alike.
+    precision = notes.get("precision") or find_precision(config)
+    config = config.model_copy(update={"precision": precision})
     if state is None:
         state = start(classifier, images, splits, config)
-        notes = {"before": judge(state.model, images, splits, watcher), "seconds": 0.0}
+        notes = {
+            "before": judge(state.model, images, splits, watcher),
+            "seconds": 0.0,
+            "precision": precision,
+        }
     earlier = notes["seconds"]
 
     def save(state: TrainingState) -> None:
@@ -104,6 +118,7 @@ def _run(
         ),
         **describe_training(best, state, images, splits),
         "seconds": round(earlier + perf_counter() - began, 1),
+        "precision": precision,
         **describe_machine(),
     }
     if folder:
@@ -113,6 +128,10 @@ def _run(
 
 def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher) -> DecodedImages:
     """Open and decode the images as `config` says. Raises DataError."""
+    if isinstance(data, ImageSet) and (config.positive or config.group_pattern):
+        raise ConfigError(
+            "`positive` and `group_pattern` say how to open a path; open_images has both for an ImageSet"
+        )
     images = data if isinstance(data, ImageSet) else _open(Path(data), config)
     return decode_images(
         images,
@@ -189,7 +208,8 @@ def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Wat
     judged = evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
     figures = {name: estimate.to_dict() for name, estimate in judged.estimates.items()}
     patients = len({images.images.records[index].group for index in splits.test})
-    return {**figures, "n": len(judged.labels), "patients": patients}
+    known = {"patients": patients} if images.images.has_groups else {}
+    return {**figures, "n": len(judged.labels), **known}
 
 
 def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: int | None) -> dict[str, Any]:
@@ -230,9 +250,8 @@ def describe_training(
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures were measured with."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     return {
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory_bytes": _peak_memory(),
         "threads": torch.get_num_threads(),
         "versions": {
             "chanscale": __version__,
@@ -241,3 +260,13 @@ def describe_machine() -> dict[str, Any]:
         },
         "notice": NOTICE,
     }
+
+
+def _peak_memory() -> int:
+    """Return the most memory, in bytes, that this process has held."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # there is none on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

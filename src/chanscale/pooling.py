@@ -37,8 +37,10 @@ class _MaxPool(torch.autograd.Function):
         output, winners = F.max_pool2d(
             x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, return_indices=True
         )
-        # Within a window, positions differ by little more than (kernel - 1) * width: that fits into 16 bits.
-        ctx.save_for_backward((winners - _corners(output, x, pool)).to(torch.int16))
+        offsets = winners - _corners(output, x, pool)
+        # Within a window, positions differ by little more than (kernel - 1) * width: that nearly always fits.
+        small = int(offsets.abs().max()) <= torch.iinfo(torch.int16).max
+        ctx.save_for_backward(offsets.to(torch.int16 if small else torch.int32))
         ctx.pool, ctx.shape = pool, x.shape
         return output
 

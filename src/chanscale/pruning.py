@@ -45,19 +45,36 @@ def prune_channels(model: Model, selection: ChannelSelection) -> Model:
 def mask_channels(model: Model, selection: ChannelSelection) -> Model:
     """Return a copy of `model` in which the channels not selected are exactly 0, and still there."""
     masked = copy.deepcopy(model)
+    silence_channels(masked, selection)
+    return masked
+
+
+def silence_channels(model: nn.Module, selection: ChannelSelection) -> None:
+    """Set the channels of `model` that are not selected to exactly 0, in place; no tensor of it is written to."""
     for group in _selected_groups(model, selection):
         keep = torch.zeros(group.width, dtype=torch.bool)
         keep[selection.kept[group.name]] = True
         # Without a scale, the layer it would stand behind is silenced: 0 * x + 0.
-        layer = masked.get_submodule(group.scale or group.anchor)
+        layer = model.get_submodule(group.scale or group.anchor)
         if isinstance(layer, nn.BatchNorm2d):
-            ensure_affine(layer, masked.get_submodule(group.name).weight.device)  # type: ignore[arg-type]
-        for parameter in layer.parameters(recurse=False):
-            parameter.data[~keep] = 0
-        for head in map(masked.get_submodule, group.consumers):
-            if isinstance(head, PooledHead):
-                head.mean[~keep] = 0  # a channel that is not there adds nothing, not even minus its old mean
-    return masked
+            ensure_affine(layer, model.get_submodule(group.name).weight.device)  # type: ignore[arg-type]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            values = _silence(parameter.detach(), keep)
+            setattr(layer, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        for head in map(model.get_submodule, group.consumers):
+            if isinstance(
+                head, PooledHead
+            ):  # a channel that is not there adds nothing, not even minus its old mean
+                head.mean = _silence(head.mean, keep)
+
+
+def _silence(values: Tensor, keep: Tensor) -> Tensor:
+    return values.masked_fill(~keep.to(values.device).view(-1, *[1] * (values.dim() - 1)), 0)
+
+
+def share(model: Model) -> Model:
+    """Return a copy of `model` that uses the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def check_removal(pruned: nn.Module, masked: nn.Module, example: Tensor) -> float:
@@ -89,7 +106,7 @@ def _in_double(net: Model) -> Model:
     Each module casts its tensors when it is called, and drops them again: a whole copy would double the memory
     of a training run.
     """
-    twin = copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
+    twin = share(net)
 
     def cast(module: nn.Module, _: Any) -> None:
         own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chanscale.attaching import Model
-from chanscale.pruning import check_removal, mask_channels, output_change, prune_channels
+from chanscale.pruning import check_removal, output_change, prune_channels, share, silence_channels
 from chanscale.selection import ChannelSelection
 
 
@@ -46,7 +46,8 @@ def remove_channels(
     name stay whole. Raises InexactRemovalError when pruned and masked differ.
     """
     pruned = prune_channels(model, selection)
-    masked = mask_channels(model, selection)
+    masked = share(model)
+    silence_channels(masked, selection)
     check_removal(pruned, masked, example)
     return Removal(
         model=pruned,
@@ -76,8 +77,10 @@ def _prune_moment(
     model: nn.Module, optimizer: torch.optim.Optimizer, key: str, selection: ChannelSelection
 ) -> dict[str, Tensor]:
     """Prune one of Adam's moments as if it were the parameters, which it is shaped like."""
-    frozen = {id(p): p for p in model.parameters() if p not in optimizer.state}
-    shadow = copy.deepcopy(model, frozen)
+    frozen = [p for p in model.parameters() if p not in optimizer.state]
+    # Frozen weights have no moments: where they would be, there are shapes alone.
+    shapes = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in frozen}
+    shadow = copy.deepcopy(model, dict(shapes))
     for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
         if parameter in optimizer.state:
             twin.data.copy_(optimizer.state[parameter][key])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from chanscale.artifact import ModelInfo, save_model
@@ -12,7 +13,7 @@ from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
-from chanscale.data.splits import Splits, write_splits
+from chanscale.data.splits import Splits, read_splits, write_splits
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.files import to_json, write_atomically
 from chanscale.report import write_history, write_plots
@@ -25,9 +26,10 @@ class RunFolder:
     """One run on disk. Until `finish`, everything lies in `<out>.partial`, from where `--resume` goes on."""
 
     def __init__(self, out: Path, config: FitConfig) -> None:
-        self.out = out
-        self.partial = out.with_name(f"{out.name}.partial")
+        self.out = out if out.name else out.absolute()
+        self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.config = config
+        self._lock = FileLock(self.partial / ".lock", timeout=0)
 
     @classmethod
     def open(cls, out: Path, config: FitConfig, *, resume: bool) -> "RunFolder":
@@ -46,15 +48,29 @@ class RunFolder:
         return folder
 
     def begin(self, images: ImageSet, splits: Splits) -> None:
-        """Write what is known before training: `config.yaml` and `splits.csv`. Raises ArtifactError."""
+        """Take the unfinished folder, and write `config.yaml` and `splits.csv`. Raises ArtifactError.
+
+        Raises it, too, when another process works there.
+        """
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             write_atomically(self.partial / "config.yaml", self.config.to_yaml())
             write_splits(self.partial / "splits.csv", images, splits)
+        except Timeout as error:
+            raise ArtifactError(f"another process works in {self.partial}; let it end, or stop it") from error
         except OSError as error:
             raise ArtifactError(
                 f"cannot write to {self.partial}: {error.strerror}; choose another --out"
             ) from error
+
+    def read_splits(self, images: ImageSet) -> Splits | None:
+        """Return the split of an interrupted run, if it had one.
+
+        Raises SplitError when `images` are not those of the run: images it was trained on could become test images.
+        """
+        path = self.partial / "splits.csv"
+        return read_splits(path, images) if path.exists() else None
 
     def load(self, trunk: nn.Module) -> tuple[TrainingState, dict[str, Any]] | None:
         """Return the state of an interrupted run and its notes, if it had finished an epoch."""
@@ -77,12 +93,23 @@ class RunFolder:
         write_history(self.partial / "history.csv", history)
         write_plots(self.partial, history, widths_before, info.widths, metrics)
         self._checkpoint.unlink(missing_ok=True)
+        for left in self.partial.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        self.release()
         self.partial.rename(self.out)
         return self.out
 
     def discard(self) -> None:
-        """Remove what lies in the unfinished folder; what is finished stays."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove the unfinished folder, if this process works in it; what is finished stays."""
+        if self._lock.is_locked:
+            self.release()
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def release(self) -> None:
+        """Let another process work in the unfinished folder, if this one did."""
+        if self._lock.is_locked:
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
 
     @property
     def _checkpoint(self) -> Path:

@@ -54,14 +54,19 @@ class BudgetPenalty:
     def __init__(self, cost: TrunkCost, rule: WidthRule, config: FitConfig) -> None:
         self.cost, self.rule, self.config = cost, rule, config
 
+    def pivot(self, scales: Scales, pace: Pace) -> float:
+        """Return the importance of the most important channel that must go to meet the budget."""
+        return self.select_within(scales, pace.budget)[1]
+
     def step_size(self, scales: Scales, pace: Pace) -> float:
         """Return what to take off the pivot now, to have it at 0 with the last batch."""
-        return self.select_within(scales, pace.budget)[1] / pace.batches_left
+        return self.pivot(scales, pace) / pace.batches_left
 
     @torch.no_grad()
     def shrink(self, scales: Scales, pace: Pace) -> float:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
-        step, factors = self.step_size(scales, pace), self._factors(scales, pace)
+        pivot = self.pivot(scales, pace)
+        step, factors = pivot / pace.batches_left, self._factors(scales, pivot, pace)
         for name, importance in self._importance(scales).items():
             shrunk = soft_threshold(scales[name], factors[name] * step)
             # Said outright: a weight that is divided by and multiplied with may leave a last bit.
@@ -74,7 +79,8 @@ class BudgetPenalty:
 
         It is measured in root mean squares of the data's gradient, which Adam turns into steps of `lr`.
         """
-        step, factors = self.step_size(scales, pace), self._factors(scales, pace)
+        pivot = self.pivot(scales, pace)
+        step, factors = pivot / pace.batches_left, self._factors(scales, pivot, pace)
         gradients = {name: scale.grad for name, scale in scales.items() if scale.grad is not None}
         rms = torch.cat(list(gradients.values())).square().mean().sqrt()
         for name, gradient in gradients.items():
@@ -102,7 +108,7 @@ class BudgetPenalty:
     def select_reached(self, scales: Scales, budget: float) -> ChannelSelection:
         """Select the channels above the threshold, but do not go further than the budget."""
         values = {name: scale.detach().abs() for name, scale in scales.items()}
-        selection = keep_above(values, threshold=self.config.threshold, rule=self.rule)
+        selection = keep_above(values, threshold=self.config.cut, rule=self.rule)
         if self.cost.of(self.config.budget_of, selection.widths) > self._limit(budget):
             return selection
         return self.select_within(scales, budget)[0]
@@ -110,9 +116,8 @@ class BudgetPenalty:
     def _limit(self, budget: float) -> float:
         return (1 - budget) * self.cost.of(self.config.budget_of)
 
-    def _factors(self, scales: Scales, pace: Pace) -> dict[str, Tensor]:
+    def _factors(self, scales: Scales, pivot: float, pace: Pace) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
-        pivot = self.select_within(scales, pace.budget)[1]
         exponent = self.config.concavity * pace.progress
         weights = self._weights(scales)
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.

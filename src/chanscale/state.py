@@ -40,6 +40,15 @@ class TrainingState:
     best: Best | None = None
 
 
+def move_state(state: TrainingState, device: torch.device) -> None:
+    """Move the models and the optimizer's moments of `state` to `device`, in place."""
+    for model in (state.model, *(kept.model for kept in (state.candidate, state.best) if kept)):
+        model.to(device)
+    for moments in state.optimizer.state.values():
+        # Adam counts its steps on the CPU.
+        moments.update({key: value.to(device) for key, value in moments.items() if key != "step"})
+
+
 def scales_of(model: Classifier) -> dict[str, nn.Parameter]:
     """Return the scale weights of each group, shape (width,), by the group's name."""
     return scale_parameters(model, channel_groups(model))

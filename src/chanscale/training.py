@@ -19,7 +19,7 @@ from chanscale.progress import Watcher
 from chanscale.schedule import Moment, plan_epochs
 from chanscale.selection import WidthRule
 from chanscale.shrinking import BudgetPenalty
-from chanscale.state import Best, TrainingState, make_optimizer, scales_of
+from chanscale.state import Best, TrainingState, make_optimizer, move_state, scales_of
 
 
 def fit(
@@ -42,6 +42,7 @@ def fit(
     cost = trunk_cost(model, groups, data.batch(splits.train[:1])[0])
     penalty = BudgetPenalty(cost, width_rule(groups, config), config)
     runner = EpochRunner(data, splits, penalty, config, watcher or Watcher())
+    move_state(state, runner.fabric.device)
     for moment in plan_epochs(config):
         if moment.epoch < state.epoch:
             continue
@@ -52,15 +53,15 @@ def fit(
             save(state)
     if state.best is None:
         raise TrainingError("no epoch met the budget; give it more epochs with --scale-epochs")
+    runner.settle(state.best.model)
     runner.centre(state.best.model)
     return state.best
 
 
 def start(model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig) -> TrainingState:
     """Attach scales to `model` and fit its head to the frozen features: where training starts from."""
-    scaled = to_channels_last(attach_scales(model))
-    with make_fabric(config).autocast():
-        fit_probe(scaled, data, splits.train, batch_size=config.micro_batch)
+    scaled = to_channels_last(attach_scales(model)).to(make_fabric(config).device)
+    fit_probe(scaled, data, splits.train, batch_size=config.micro_batch)
     kept = {group.name: torch.arange(group.width) for group in channel_groups(scaled)}
     return TrainingState(scaled, make_optimizer(scaled, config), kept)
 

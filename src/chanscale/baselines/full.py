@@ -28,22 +28,22 @@ def train_full(
     It starts from the linear head, as `fit` does, runs as many epochs, and follows a cosine (AdamW).
     """
     learner = Learner(data, splits, config, watcher)
-    tuned = to_channels_last(copy.deepcopy(model)).requires_grad_(True)
+    tuned = to_channels_last(copy.deepcopy(model)).to(learner.fabric.device).requires_grad_(True)
     fit_probe(tuned, data, splits.train, batch_size=config.micro_batch)
     groups = [{"params": tuned.trunk.parameters()}, {"params": tuned.head.parameters()}]
-    wrapped, optimizer = learner.fabric.setup(tuned, torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY))
-    moments = list(plan_epochs(config))
+    _, optimizer = learner.fabric.setup(tuned, torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY))
+    moments = list(plan_epochs(config.model_copy(update={"tolerance": None})))
     best = copy.deepcopy(tuned)
     history: list[dict[str, Any]] = []
     for moment in moments:
         began = perf_counter()
-        wrapped.train()
+        tuned.train()
         losses = []
         for done, batch in enumerate(learner.start_epoch(moment.epoch)):
             factor = cosine((moment.epoch + done / len(learner.train)) / len(moments))
             for group, lr in zip(optimizer.param_groups, (TRUNK_LR, HEAD_LR), strict=True):
                 group["lr"] = lr * factor
-            losses.append(learner.backward(wrapped, batch, moment.epoch, done))
+            losses.append(learner.backward(tuned, batch, moment.epoch, done))
             optimizer.step()
             optimizer.zero_grad()
             learner.watcher.on_batch(moment, done + 1, len(learner.train), losses[-1])
@@ -54,4 +54,5 @@ def train_full(
             best = copy.deepcopy(tuned)
         history.append(row)
         learner.watcher.on_epoch(moment, row)
+    learner.settle(best)
     return best, history

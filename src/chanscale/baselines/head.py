@@ -20,7 +20,7 @@ def train_head(
 ) -> tuple[Classifier, list[dict[str, Any]]]:
     """Return a copy of `model` with a logistic regression for a head, its penalty chosen by validation."""
     learner = Learner(data, splits, config, watcher)
-    probed = to_channels_last(copy.deepcopy(model))
+    probed = to_channels_last(copy.deepcopy(model)).to(learner.fabric.device)
     features, labels = pooled_features(probed, data, splits.train, batch_size=config.micro_batch)
     tried = []
     for strength in STRENGTHS:
