@@ -3,14 +3,47 @@
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chanscale.errors import ConfigError
+
+
+def require_writable(path: Path) -> None:
+    """Check that a file can be written to `path`, before the work that it is to hold. Raises ConfigError."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file to write, such as {path / 'predictions.csv'}")
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder} to write {path.name} to; make it, or name another")
+    if not os.access(path if _is_special(path) else folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written; name another file")
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write `content` under a temporary name beside `path`, then rename it; the folder must exist."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write `content` under a temporary name beside `path`, then rename it; the folder must exist.
+
+    A link, or a device such as /dev/stdout, is written to as it is. Bytes of a file name that are no UTF-8
+    are written as they came. Raises OSError, which names `path`.
+    """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    try:
+        if _is_special(path):
+            path.write_bytes(data)
+        else:
+            _replace(path, data)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _is_special(path: Path) -> bool:
+    return os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode)
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -18,6 +51,16 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there; where its folder may not be read, Path.is_file would raise: here, no."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def exists(path: Path) -> bool:
+    """Tell whether a path leads somewhere; where its folder may not be read, no, like `is_file`."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def to_json(value: Any) -> str:

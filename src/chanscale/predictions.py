@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from chanscale.artifact import ModelInfo
 from chanscale.classifier import Classifier
 from chanscale.data.images import IMAGE_SUFFIXES
+from chanscale.data.listing import list_images
 from chanscale.data.loading import decode_images
 from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
+from chanscale.files import exists
 
 Progress = Callable[[int, int], None]
 
@@ -83,16 +85,11 @@ def predict_images(
 
 
 def _find_images(path: Path) -> Iterable[Path]:
-    if not path.exists():
+    if not exists(path):
         raise DataError(f"{path} does not exist; wanted an image, or a folder of images.")
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if _is_image(file.relative_to(path)) and file.is_file())
+    found = list_images(path)
     if not found:
         raise DataError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); pass another folder.")
     return found
-
-
-def _is_image(path: Path) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden

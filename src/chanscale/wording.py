@@ -1,4 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
+
+
+def printable(name: str) -> str:
+    """Return a name that any output can take: bytes of a file name that are no UTF-8 are escaped."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def shorten(number: float) -> str:

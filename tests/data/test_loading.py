@@ -73,6 +73,13 @@ def test_the_cache_is_used_up_to_its_last_byte(folder: Path) -> None:
     assert not decode(folder, cache_bytes=needed - 1).cached
 
 
+def test_the_cache_takes_a_quarter_of_what_is_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 10 * SIZE * SIZE * 2
+    for free, cached in ((4 * needed, True), (4 * needed - 4, False)):
+        monkeypatch.setattr(loading_module, "free_memory", lambda free=free: free)
+        assert decode(folder).cached == cached
+
+
 def test_cached_images_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str | None] = []
     original = loading_module.read_image

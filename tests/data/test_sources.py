@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,29 @@ def test_hidden_files_and_other_suffixes_are_passed_over(tmp_path: Path) -> None
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "folder.png").mkdir()
     assert names(open_images(tmp_path)) == ["a/1.png", "a/2.png", "b/1.png", "b/2.png"]
+
+
+def test_a_link_that_leads_nowhere_is_missed(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    (tmp_path / "a" / "3.png").symlink_to(tmp_path / "gone.png")
+    assert "1 of 5 images named in" in message(tmp_path)
+    assert "such as a/3.png. Mend the links" in message(tmp_path)
+    assert open_images(tmp_path, skip_bad=True).skipped == ("a/3.png",)
+
+
+def test_a_class_that_is_a_lost_link_is_missed(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    (tmp_path / "c").symlink_to(tmp_path / "gone")
+    assert "leads nowhere" in message(tmp_path)
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    (tmp_path / "a" / "1.png").rename(tmp_path / "a" / os.fsdecode(b"\xf6.png"))
+    assert names(open_images(tmp_path))[1] == os.fsdecode(b"a/\xf6.png")
+    (tmp_path / "b").rename(tmp_path / os.fsdecode(b"\xfc"))
+    # The model's file could not be read again.
+    assert "the class '\\udcfc' of" in message(tmp_path)
 
 
 def test_class_names_that_are_numbers_are_in_order_of_value(tmp_path: Path) -> None:
@@ -156,6 +180,23 @@ def test_groups_from_two_places_are_refused(tmp_path: Path) -> None:
     assert "use one of them" in message(table, group_pattern="(.)")
 
 
+def test_a_table_from_windows_has_backslashes(tmp_path: Path) -> None:
+    images = open_images(
+        write_table(tmp_path, "path,label\na.png,x\nb.png,y\nsub\\c.png,x\n.\\sub\\d.png,y\n")
+    )
+    assert names(images) == ["a.png", "b.png", "sub/c.png", "sub/d.png"]
+    assert all(record.path and record.path.is_file() for record in images.records)
+    for elsewhere in ("..\\a.png", "C:\\a.png", "C:/a.png", "\\a.png"):
+        assert f"got {elsewhere}" in message(write_table(tmp_path, f"path,label\n{elsewhere},x\n"))
+
+
+@pytest.mark.skipif(os.sep != "/", reason="no file name holds a backslash here")
+def test_a_backslash_in_a_file_name_is_kept(tmp_path: Path) -> None:
+    write_images(tmp_path, "sub\\c.png")
+    table = write_table(tmp_path, "path,label\na.png,x\nb.png,y\nsub\\c.png,x\nsub/d.png,y\n")
+    assert names(open_images(table))[2] == "sub\\c.png"
+
+
 def test_missing_files_of_a_table_are_skipped_and_named(tmp_path: Path) -> None:
     rows = "a.png,x\nb.png,y\nsub/c.png,x\nsub/d.png,y\ngone.png,y\n"
     images = open_images(write_table(tmp_path, "path,label\n" + rows), skip_bad=True)
@@ -211,6 +252,25 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / f"{name}.npz").write_bytes(content)
         assert "cannot read the arrays" in message(tmp_path / f"{name}.npz")
+
+
+@pytest.mark.parametrize("classes", [None, ("0", "1")])
+def test_an_npz_without_an_image_is_refused(tmp_path: Path, classes: tuple[str, ...] | None) -> None:
+    path = write_npz(
+        tmp_path / "a.npz", train_images=np.zeros((0, 4, 4), np.uint8), train_labels=np.zeros(0, int)
+    )
+    assert "holds no image" in message(path, classes=classes)
+
+
+def test_one_side_of_a_source(tmp_path: Path) -> None:
+    table = write_table(
+        tmp_path, "path,label,split\na.png,x,train\nb.png,y,test\nsub/c.png,x,test\nsub/d.png,y,train\n"
+    )
+    images = open_images(table)
+    test = images.on_side("test")
+    assert test is not None
+    assert (names(test), test.classes) == (["b.png", "sub/c.png"], images.classes)
+    assert images.on_side("validation") is None
 
 
 def test_real_folder_and_npz(nih_opacity: Path, pneumoniamnist: Path) -> None:

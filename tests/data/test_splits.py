@@ -1,4 +1,5 @@
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from chanscale.data import (
     Splits,
     open_images,
     read_splits,
+    read_training_names,
     split_images,
     suggest_group_pattern,
     write_splits,
@@ -174,6 +176,20 @@ def test_read_splits_are_the_written_ones_in_any_order_of_images(tmp_path: Path)
         row = next(csv.DictReader(file))
     assert {key: row[key] for key in ("name", "label")} == {"name": "0/0.png", "label": "a"}
     assert [path.name for path in tmp_path.iterdir()] == ["splits.csv"]
+
+
+def test_names_that_are_no_utf8_are_read_as_they_were(tmp_path: Path) -> None:
+    images = make_set([0, 1, 0])
+    odd = replace(images.records[2], name=os.fsdecode(b"0/\xf6.png"), group=os.fsdecode(b"\xf6"))
+    images = replace(images, records=(*images.records[:2], odd))
+    write_splits(tmp_path / "splits.csv", images, Splits((0,), (1,), (2,)))
+    assert b"\n0/\xf6.png,a,\xf6,test\n" in (tmp_path / "splits.csv").read_bytes()
+    assert read_splits(tmp_path / "splits.csv", images) == Splits((0,), (1,), (2,))
+
+
+def test_the_images_that_train_and_choose_are_told(tmp_path: Path) -> None:
+    write_splits(tmp_path / "splits.csv", make_set([0, 1, 0]), Splits((0,), (1,), (2,)))
+    assert read_training_names(tmp_path / "splits.csv") == {"0/0.png", "1/1.png"}
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

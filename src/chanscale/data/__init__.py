@@ -4,7 +4,14 @@ from chanscale.data.augmentation import Strength, augment
 from chanscale.data.images import read_image
 from chanscale.data.loading import Batch, BatchLoader, DecodedImages, decode_images
 from chanscale.data.sources import ImageRecord, ImageSet, open_images
-from chanscale.data.splits import Splits, read_splits, split_images, suggest_group_pattern, write_splits
+from chanscale.data.splits import (
+    Splits,
+    read_splits,
+    read_training_names,
+    split_images,
+    suggest_group_pattern,
+    write_splits,
+)
 
 __all__ = [
     "Batch",
@@ -19,6 +26,7 @@ __all__ = [
     "open_images",
     "read_image",
     "read_splits",
+    "read_training_names",
     "split_images",
     "suggest_group_pattern",
     "write_splits",

@@ -24,7 +24,9 @@ _WANTED = "wanted a PNG, JPEG or TIFF image, grey or RGB, 8 or 16 bits a channel
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY = ("1", "L", "LA", *_WIDE_GREY)
 _COLOUR = ("P", "PA", "RGB", "RGBA")
-_PNG_DEPTH, _PNG_COLOUR_TYPE = 24, 25  # offsets in the file: the IHDR chunk always comes first
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_KIND = slice(24, 26)  # bits and colour type: the IHDR chunk always comes first
+_WIDE_GREY_ALPHA, _WIDE_RGB, _WIDE_RGBA = b"\x10\x04", b"\x10\x02", b"\x10\x06"
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION, _TIFF_EXTRA = 258, 262, 274, 338
 _UNSPECIFIED = 0  # an extra channel that is no alpha; Pillow would drop it unasked
 _WHITE_IS_ZERO = 0
@@ -64,8 +66,12 @@ def count_channels(source: Source) -> int:
     if isinstance(source, np.ndarray):
         return 3 if source.ndim == 3 and source.shape[-1] == 3 else 1
     try:
-        with Path(source).open("rb") as file, Image.open(file, formats=_FORMATS) as image:
-            return 3 if image.mode in _COLOUR else 1
+        with Path(source).open("rb") as file:
+            head = file.read(_PNG_KIND.stop)
+            if _is_wide_png(head):  # Pillow has no mode for grey with alpha in 16 bits, and calls it RGBA
+                return 1 if head[_PNG_KIND] == _WIDE_GREY_ALPHA else 3
+            with Image.open(file, formats=_FORMATS) as image:
+                return 3 if image.mode in _COLOUR else 1
     except Exception:
         return 1
 
@@ -75,16 +81,24 @@ def _decode(path: Path) -> NDArray[np.generic]:
     if not data:
         raise UnreadableImageError(f"{_WANTED}, got an empty file of 0 bytes. Get it again, or remove it.")
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        _refuse(image, data)
+        _refuse(image)
         bits = _read_tag(image, _TIFF_BITS, ())
         # Pillow would drop the lower 8 bits of each colour.
+        if _is_wide_png(data):
+            return _decode_wide_png(image, data)
         return _decode_wide_tiff(data) if 16 in bits and len(bits) > 1 else _to_array(image, bits)
 
 
-def _refuse(image: Image.Image, data: bytes) -> None:
+def _is_wide_png(head: bytes) -> bool:
+    """Whether a file that starts so is a PNG with 16 bits, and with colour or alpha."""
+    return head.startswith(_PNG) and head[_PNG_KIND] in (_WIDE_GREY_ALPHA, _WIDE_RGB, _WIDE_RGBA)
+
+
+def _refuse(image: Image.Image) -> None:
     """Stop at what would be read, but read wrongly."""
     frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    # An MPO is a JPEG photograph, followed by smaller views of it, or by the other eye's.
+    if frames > 1 and image.format != "MPO":
         raise UnreadableImageError(
             f"wanted one image, got a file of {frames}. Save each in a file of its own."
         )
@@ -98,11 +112,6 @@ def _refuse(image: Image.Image, data: bytes) -> None:
     if _UNSPECIFIED in _read_tag(image, _TIFF_EXTRA, ()):
         count = len(_read_tag(image, _TIFF_BITS, ()))
         raise UnreadableImageError(f"{_WANTED}, got {count} channels. Convert it to grey or RGB.")
-    if image.format == "PNG" and data[_PNG_DEPTH] == 16 and data[_PNG_COLOUR_TYPE] != 0:
-        raise UnreadableImageError(
-            "a 16-bit PNG with colour or alpha would lose its lower 8 bits in Pillow. "
-            "Save it as a 16-bit TIFF, as a 16-bit grey PNG, or with 8 bits."
-        )
 
 
 def _to_array(image: Image.Image, bits: Sequence[int]) -> NDArray[np.generic]:
@@ -136,6 +145,15 @@ def _refuse_transparency(image: Image.Image) -> None:
         )
 
 
+def _decode_wide_png(image: Image.Image, data: bytes) -> NDArray[np.generic]:
+    """Return 16-bit RGB (H, W, 3), or grey (H, W, 1)."""
+    import imagecodecs  # here, since few images need it
+
+    colours = _drop_opaque_alpha(np.asarray(imagecodecs.png_decode(data)))
+    orientation = image.getexif().get(_TIFF_ORIENTATION)
+    return _UPRIGHT[orientation](colours) if orientation in _UPRIGHT else colours
+
+
 def _decode_wide_tiff(data: bytes) -> NDArray[np.generic]:
     """Return 16-bit RGB (H, W, 3)."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -150,12 +168,19 @@ def _decode_wide_tiff(data: bytes) -> NDArray[np.generic]:
             f"{_WANTED}, got a TIFF of photometric {page.photometric!r}, shape {array.shape}, "
             f"{array.dtype}. Convert it to grey or RGB."
         )
-    if array.shape[-1] == 4 and np.any(array[..., 3] != FULL_RANGE):
+    colours = _drop_opaque_alpha(array)
+    return _UPRIGHT[orientation](colours) if orientation in _UPRIGHT else colours
+
+
+def _drop_opaque_alpha(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return (H, W, 1 or 3) of (H, W, C), 16 bits."""
+    if array.shape[-1] in (1, 3):
+        return array
+    if np.any(array[..., -1] != FULL_RANGE):
         raise UnreadableImageError(
             "wanted an opaque image, got transparent pixels. Save it without its alpha."
         )
-    colours = array[..., :3]
-    return _UPRIGHT[orientation](colours) if orientation in _UPRIGHT else colours
+    return array[..., :-1]
 
 
 def _check_array(array: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -8,13 +8,13 @@ from contextlib import closing
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from chanscale.data.images import FULL_RANGE, Pixels, Source, count_channels, read_image
+from chanscale.data.memory import free_memory
 from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.errors import ConfigError, UnreadableImageError
 
@@ -155,7 +155,7 @@ def decode_images(
 
 
 def _find_cache_bytes(wanted: int | None) -> int:
-    return int(_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available) if wanted is None else wanted
+    return int(_SHARE_OF_FREE_MEMORY * free_memory()) if wanted is None else wanted
 
 
 def _decode_all(

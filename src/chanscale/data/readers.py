@@ -1,15 +1,18 @@
 """A folder per class, a CSV table or a MedMNIST `.npz` file, read into rows of one kind."""
 
 import csv
+import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chanscale.data.images import IMAGE_SUFFIXES
+from chanscale.data.listing import list_folders, list_images
 from chanscale.errors import DataError
+from chanscale.files import is_file
 
 Side = Literal["train", "validation", "test"]
 SPLIT_WORDS: dict[str, Side] = {
@@ -35,11 +38,15 @@ class Row:
 
 def read_rows(source: Path) -> list[Row]:
     """Read the rows of a folder, a `.csv` or a `.npz`, as `open_images` documents them. Raises DataError."""
+    rows = _read(source)
+    if not rows:
+        raise DataError(f"{source} holds no image; add some, or pass another source.")
+    return rows
+
+
+def _read(source: Path) -> list[Row]:
     if source.is_dir():
-        try:
-            return _read_folder(source)
-        except OSError as error:
-            raise DataError(f"cannot list the folder {source}: {error}") from error
+        return _read_folder(source)
     if not source.exists():
         raise DataError(
             f"{source} does not exist; wanted a folder of class folders, a .csv table or a .npz file."
@@ -52,12 +59,12 @@ def read_rows(source: Path) -> list[Row]:
 
 
 def _read_folder(root: Path) -> list[Row]:
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    folders = list_folders(root)
     if not folders:
         raise DataError(
             f"wanted a folder of images for each class in {root}, got no folder. Sort the images so."
         )
-    files = {folder: _list_images(folder) for folder in folders}
+    files = {folder: list_images(folder) for folder in folders}
     empty = [folder.name for folder, images in files.items() if not images]
     if empty:
         raise DataError(
@@ -66,20 +73,6 @@ def _read_folder(root: Path) -> list[Row]:
         )
     paths = ((path, folder) for folder in folders for path in files[folder])
     return [Row(path.relative_to(root).as_posix(), folder.name, path=path) for path, folder in paths]
-
-
-def _list_images(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _read_table(table: Path) -> list[Row]:
@@ -110,8 +103,8 @@ def _to_row(row: dict[str, str], table: Path, line: int) -> Row:
     for column in ("path", "label"):
         if not row[column]:
             raise DataError(f"{where}: the {column} is missing.")
-    name, word = PurePosixPath(row["path"]), row.get("split", "").lower()
-    if name.is_absolute() or ".." in name.parts:
+    name, word = _to_name(row["path"], table), row.get("split", "").lower()
+    if name.is_absolute() or ".." in name.parts or PureWindowsPath(str(name)).is_absolute():
         raise DataError(
             f"{where}: wanted a path below {table.parent}, got {row['path']}: a table that points elsewhere "
             "breaks when it is moved. Put the table above its images."
@@ -119,6 +112,12 @@ def _to_row(row: dict[str, str], table: Path, line: int) -> Row:
     if word and word not in SPLIT_WORDS:
         raise DataError(f"{where}: the split must be one of {', '.join(SPLIT_WORDS)}, got {row['split']!r}.")
     return Row(str(name), row["label"], row.get("group") or None, SPLIT_WORDS.get(word), table.parent / name)
+
+
+def _to_name(path: str, table: Path) -> PurePosixPath:
+    """Return a path with slashes: a table that was written on Windows has backslashes between the folders."""
+    literal = os.sep == "/" and is_file(table.parent / path)
+    return PurePosixPath(path if literal else path.replace("\\", "/"))
 
 
 def _read_npz(source: Path) -> list[Row]:

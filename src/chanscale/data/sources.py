@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from chanscale.data.readers import Row, Side, read_rows
 from chanscale.errors import DataError
+from chanscale.files import is_file
+from chanscale.wording import printable
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class ImageSet:
         """Whether a patient is known for any image."""
         return any(record.group != record.name for record in self.records)
 
+    def on_side(self, side: Side) -> "ImageSet | None":
+        """Return the images that the source itself puts on this side, or None if there are none."""
+        records = tuple(record for record in self.records if record.split == side)
+        return replace(self, records=records) if records else None
+
     def without(self, names: Sequence[str]) -> "ImageSet":
         """Return the set less these images, which join `skipped`. Raises DataError if none is left."""
         left_out = set(names)
@@ -98,11 +105,12 @@ def open_images(
     """
     source = Path(path)
     rows = read_rows(source)
-    missing = [row.name for row in rows if row.path is not None and not row.path.is_file()]
+    missing = [row.name for row in rows if row.path is not None and not is_file(row.path)]
     if missing and not skip_bad:
+        advice = "Mend the links" if source.is_dir() else "Paths are relative to the table; correct them"
         raise DataError(
             f"{len(missing)} of {len(rows)} images named in {source} are not there, such as {missing[0]}. "
-            "Paths are relative to the table; correct them, or leave these out with skip_bad (--skip-bad)."
+            f"{advice}, or leave these out with skip_bad (--skip-bad)."
         )
     _check_names(rows, source)
     names = _order_classes({row.label for row in rows}) if classes is None else classes
@@ -119,6 +127,9 @@ def _check_names(rows: list[Row], source: Path) -> None:
         raise DataError(
             f"{source} names {len(repeated)} images more than once, such as {repeated[0]}. Keep one of each."
         )
+    foreign = [row.label for row in rows if printable(row.label) != row.label]
+    if foreign:  # the model's file holds the classes, as text
+        raise DataError(f"the class {foreign[0]!r} of {source} is no valid UTF-8; rename its folder.")
 
 
 def _order_classes(names: set[str]) -> tuple[str, ...]:

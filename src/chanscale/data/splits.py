@@ -108,6 +108,11 @@ def read_splits(path: Path, images: ImageSet) -> Splits:
     return _to_splits(sides)
 
 
+def read_training_names(path: Path) -> frozenset[str]:
+    """Return the images that a file of `write_splits` has as train or validation. Raises ArtifactError."""
+    return frozenset(name for name, row in _read_rows(path).items() if row["split"] != "test")
+
+
 def _draw(
     images: ImageSet, pool: NDArray[np.intp], shares: dict[int, float], rng: np.random.Generator
 ) -> NDArray[np.intp]:
@@ -197,9 +202,9 @@ def _to_splits(sides: NDArray[np.intp]) -> Splits:
 
 def _read_rows(path: Path) -> dict[str, dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise ArtifactError(f"cannot read the split {path}: {' '.join(str(error).split())}") from error
     if not rows or not all(set(_COLUMNS) <= row.keys() and row["split"] in SIDES for row in rows):
         raise ArtifactError(
