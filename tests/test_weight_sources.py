@@ -110,14 +110,24 @@ def test_an_interrupted_pip_is_stopped(folder, monkeypatch):
     assert started[0].poll() is not None
 
 
-def test_a_timeout_that_the_user_configured_stands(monkeypatch):
+def test_what_the_user_configured_for_pip_stands(tmp_path, monkeypatch):
     pip = [sys.executable, "-m", "pip"]
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    for name in ("PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT"):
+    for name in ("PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT", "PIP_RETRIES"):
         monkeypatch.delenv(name, raising=False)
-    assert weight_sources._patience(pip) == ["--timeout=10", "--retries=0"]
-    monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "180")
-    assert weight_sources._patience(pip) == []
+    assert weight_sources._patience(pip) == ["--timeout=60", "--retries=2"]
+    for name in ("PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "180")
+            assert weight_sources._patience(pip) == ["--retries=2"]
+    monkeypatch.setenv("PIP_RETRIES", "7")
+    assert weight_sources._patience(pip) == ["--timeout=60"]
+    monkeypatch.delenv("PIP_RETRIES")
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://timeout.retries/simple\n[download]\nretries = 5\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    assert weight_sources._patience(pip) == ["--timeout=60"]
 
 
 def test_without_pip_the_error_says_so(folder, monkeypatch):

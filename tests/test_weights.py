@@ -173,6 +173,30 @@ def test_a_read_only_cache_still_serves_what_it_holds(origin, home):
     assert equal(resolve_weights("tiny"))
 
 
+@pytest.mark.usefixtures("origin")
+@pytest.mark.parametrize("function", ["resolve_weights", "fetch_weights"])
+def test_a_cache_that_cannot_be_read_is_passed_over(home, monkeypatch, caplog, function):
+    home.mkdir()
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):  # root may read everything
+        if not isinstance(path, int) and Path(path).is_relative_to(home) and Path(path) != home:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    def refuse_to_write(path, content):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse_to_write)
+    if function == "fetch_weights":
+        with pytest.raises(WeightsError, match="Set CHANSCALE_HOME"):
+            fetch_weights("tiny")
+        return
+    assert equal(resolve_weights("tiny"))
+    assert "Set CHANSCALE_HOME" in caplog.text
+
+
 def test_a_full_disk_leaves_no_broken_file(origin, home, monkeypatch, caplog):
     def write_half(self, content):
         with self.open("wb") as file:
@@ -283,6 +307,8 @@ def test_status_tells_what_is_cached(home):
     assert set(before) == set(BACKBONES)
     assert before["tiny"].path is None
     assert before["tiny"].bytes == 4 * 112
+    assert list(before["tiny"].files) == ["w.h5"]
+    assert before["tiny"].files["w.h5"].startswith("download file://")
     fetch_weights("tiny")
     after = {status.name: status for status in weights_status()}
     assert after["tiny"] == dataclasses.replace(before["tiny"], path=home / "tiny.safetensors")

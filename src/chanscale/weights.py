@@ -26,6 +26,7 @@ from torch import Tensor
 
 from chanscale.backbones import BACKBONES, Backbone, find_backbone
 from chanscale.errors import DigestError, WeightsError
+from chanscale.files import exists, is_file
 from chanscale.weight_files import read_tensors
 from chanscale.weight_sources import Progress, Source, one_line
 
@@ -43,7 +44,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WeightsStatus:
-    """A backbone's weights on this machine; `path` is None unless they are in the cache, and intact."""
+    """A backbone's weights on this machine; `path` is None unless they are in the cache, and intact.
+
+    `files`: the names under which the weights may be put into the cache by hand, and how to get each.
+    """
 
     name: str
     path: Path | None
@@ -51,6 +55,7 @@ class WeightsStatus:
     licence: str
     origin: str
     digest: str
+    files: Mapping[str, str]
 
 
 def resolve_weights(
@@ -179,7 +184,7 @@ def _first_good(backbone: Backbone, progress: Progress | None) -> dict[str, Tens
 
 def _cache_damage(backbone: Backbone) -> list[str]:
     path = cache_path(backbone.name)
-    if not path.exists():
+    if not exists(path):
         return [f"not in the cache {path.parent}"]
     try:
         _read_verified(backbone, path)
@@ -191,7 +196,7 @@ def _cache_damage(backbone: Backbone) -> list[str]:
 
 def _from_source(backbone: Backbone, source: Source, progress: Progress | None) -> dict[str, Tensor]:
     by_hand = cache_folder() / source.filename
-    if by_hand.is_file():
+    if is_file(by_hand):
         return _read_verified(backbone, by_hand)
     if os.environ.get("CHANSCALE_OFFLINE", "0") not in ("", "0"):
         raise WeightsError(f"{source.filename} not asked for (CHANSCALE_OFFLINE is set)")
@@ -247,4 +252,5 @@ def _status(backbone: Backbone) -> WeightsStatus:
         path = None
     size = sum(4 * math.prod(entry.shape) for entry in manifest.values())
     digest = hashlib.sha256("".join(entry.sha256 for entry in manifest.values()).encode()).hexdigest()
-    return WeightsStatus(backbone.name, path, size, backbone.licence, backbone.origin, digest)
+    files = {source.filename: source.manual for source in backbone.sources}
+    return WeightsStatus(backbone.name, path, size, backbone.licence, backbone.origin, digest, files)
