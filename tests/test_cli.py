@@ -1,6 +1,7 @@
 """What a user of the command line meets; the network is tiny, and everything else is real."""
 
 import csv
+import gc
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +25,10 @@ from rich.console import Console
 import tiny_backbone
 from chanscale import __version__, cli, commands, demo, display, pipeline
 from chanscale.artifact import load_model
+from chanscale.backbones import BACKBONES
 from chanscale.classifier import probabilities
 from chanscale.config import FitConfig
-from chanscale.data import phantoms, read_image
+from chanscale.data import ImageSet, phantoms, read_image
 from chanscale.errors import TrainingError
 from chanscale.progress import Watcher
 from chanscale.schedule import plan_epochs
@@ -37,7 +40,7 @@ OPTIONS = [
     "--refine-epochs=1", "--precision=32-true", "--group-pattern=^(\\d+)_", "--batch-size=8",
     "--micro-batch=8", "--workers=0",
 ]  # fmt: skip
-HEAVY = ("torch", "sklearn", "matplotlib", "lightning_fabric", "scipy")
+HEAVY = ("torch", "imagecodecs", "sklearn", "matplotlib", "lightning_fabric", "scipy")
 
 
 def draw(folder: Path, patients: int = 24, classes: tuple[str, ...] = ("clear", "spot")) -> Path:
@@ -185,7 +188,8 @@ def other_value(name):
     special = {
         "group_pattern": "^(\\d+)_", "positive": "spot", "weights": Path("w.h5"), "cache_gib": 0.5,
         "tolerance": 0.01, "budget_of": "macs", "penalty": "gradient", "weigh_by": "macs",
-        "precision": "32-true", "device": "cpu", "backbone": "other", "micro_batch": 5,
+        "precision": "32-true", "device": "cpu", "backbone": "other", "micro_batch": 4,
+        "threshold": 0.05,
     }  # fmt: skip
     if name in special:
         return special[name]
@@ -261,6 +265,31 @@ def test_patients_that_may_stand_on_two_sides_are_pointed_out(tmp_path, asked, c
     assert line.endswith("add --group-pattern '^(\\d+)[_-]'")
 
 
+def test_the_images_are_not_held_twice(tmp_path, asked):
+    def count_image_sets():
+        gc.collect()
+        asked.held = [thing for thing in gc.get_objects() if type(thing) is ImageSet]
+
+    asked.before_the_error, asked.error = count_image_sets, TrainingError("far enough")
+    assert fit(tmp_path) == 2
+    assert asked.held == []
+
+
+@pytest.mark.parametrize("out", ["data/run", "data", "data/clear/run", "link/run"])
+def test_a_run_among_the_images_is_refused(tmp_path, monkeypatch, asked, capsys, out):
+    draw(tmp_path / "data", patients=4)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert f"--out {out} lies in the images' folder data" in error_of(capsys, ["fit", "data", "--out", out])
+
+
+@pytest.mark.parametrize("out", [".", "./", ""])
+def test_phantoms_go_beside_a_run_that_is_named_without_a_name(tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert demo.QUICK.folder_beside(Path(out)) == tmp_path / "phantoms-120-64px"
+
+
 def test_nothing_is_pointed_out_where_the_pattern_is_given(tmp_path, asked, capsys):
     fit(tmp_path, "--group-pattern", "^(\\d+)_")
     assert words(capsys)[1] == ""
@@ -321,9 +350,13 @@ def test_weights_can_be_listed(tmp_path, monkeypatch, capsys):
     assert cli.run(["weights", "list"]) == 0
     out = " ".join(words(capsys)[0].split())
     assert "vgg16 not fetched 58.9 MB" in out
+    assert f"Cache: {tmp_path}" in out
+    for source in BACKBONES["vgg16"].sources:
+        assert f"{source.filename} ({source.manual})" in out
     assert cli.run(["weights", "list", "--json"]) == 0
     [listed] = json.loads(words(capsys)[0])
     assert (listed["name"], listed["path"]) == ("vgg16", None)
+    assert set(listed["files"]) == {source.filename for source in BACKBONES["vgg16"].sources}
 
 
 def test_fetched_weights_are_named(tmp_path, monkeypatch, capsys):
@@ -534,6 +567,41 @@ def test_evaluate_prints_a_table(fitted, tiny, capsys):
     assert "makes the intervals too narrow; if so, add --group-pattern" in err
 
 
+def test_the_pattern_of_an_evaluation_has_its_own_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.run(["evaluate", "--help"])
+    text = " ".join(words(capsys)[0].split())
+    assert "drawing patients" in text
+    assert "side of the split" not in text
+
+
+def test_images_that_the_run_has_seen_are_pointed_out(fitted, tiny, tmp_path, capsys):
+    rows = list(csv.DictReader((fitted.run / "splits.csv").read_text().splitlines()))
+    seen = sum(row["split"] != "test" for row in rows)
+    assert 0 < seen < 48
+    for run in (fitted.run, fitted.run / "model.safetensors"):
+        assert cli.run(["evaluate", str(run), str(fitted.data), "--group-pattern=^(\\d+)_"]) == 0
+        [line] = [line for line in words(capsys)[1].splitlines() if line.startswith("warning: ")]
+        assert f"splits.csv names {seen} of these 48 images as train or validation" in line
+    for path in draw(tmp_path / "data", patients=4).glob("*/*.png"):
+        path.rename(path.with_name(f"new{path.name}"))
+    assert cli.run(["evaluate", str(fitted.run), str(tmp_path / "data"), "--group-pattern=^(.+)_"]) == 0
+    assert "warning" not in words(capsys)[1]
+
+
+def test_of_a_source_with_test_images_only_those_are_evaluated(fitted, tiny, tmp_path, capsys):
+    data = draw(tmp_path / "data", patients=8)
+    rows = ["path,label,group,split"]
+    for path in sorted(data.glob("*/*.png")):
+        side = "test" if path.name < "004" else "train"
+        rows.append(f"{path.relative_to(data)},{path.parent.name},{path.name[:3]},{side}")
+    (data / "table.csv").write_text("\n".join(rows) + "\n")
+    assert cli.run(["evaluate", str(fitted.run), str(data / "table.csv"), "--json"]) == 0
+    out, err = words(capsys)
+    assert json.loads(out)["n"] == 8
+    assert "evaluating the 8 of 16 images" in err
+
+
 def test_predict_in_a_new_process_gives_the_same_probabilities(fitted, tmp_path):
     image_folder = fitted.data / "spot"
     program = "import tiny_backbone as t; t.register(); from chanscale.cli import main; main()"
@@ -607,9 +675,46 @@ def test_images_that_are_not_there_are_named(fitted, tiny, tmp_path, capsys):
 
 
 def test_a_table_that_cannot_be_written_is_one_line(fitted, tiny, tmp_path, capsys):
-    image = fitted.data / "spot" / "001_0.png"
-    line = error_of(capsys, ["predict", fitted.run, image, "--out", tmp_path / "nowhere" / "p.csv"])
-    assert "No such file or directory" in line
+    # No model is there either: the table is looked at first.
+    line = error_of(capsys, ["predict", "no-run", "image.png", "--out", tmp_path / "nowhere" / "p.csv"])
+    assert line.startswith(f"error: there is no folder {tmp_path / 'nowhere'} to write p.csv to; ")
+    for folder in (tmp_path, "", "."):
+        assert "is a folder; name a file" in error_of(capsys, ["predict", "no-run", "a.png", "--out", folder])
+
+
+def test_a_table_can_go_to_a_pipe(fitted, tiny, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        text = pool.submit(pipe.read_text)
+        image = str(fitted.data / "spot" / "001_0.png")
+        assert cli.run(["predict", str(fitted.run), image, "--out", str(pipe)]) == 0
+        assert text.result(60).startswith("image,predicted,")
+    assert pipe.is_fifo()
+
+
+def test_a_file_name_that_is_no_utf8_can_be_predicted(fitted, tiny, tmp_path, capsys):
+    image = tmp_path / os.fsdecode(b"R\xf6ntgen.png")
+    image.write_bytes((fitted.data / "spot" / "001_0.png").read_bytes())
+    table = tmp_path / "predictions.csv"
+    assert cli.run(["predict", str(fitted.run), str(image), "--out", str(table)]) == 0
+    assert os.fsencode(image) in table.read_bytes()
+    words(capsys)
+    assert cli.run(["predict", str(fitted.run), str(image)]) == 0
+    assert "R\\udcf6ntgen.png" in words(capsys)[0].replace("\n", "").replace(" ", "")
+    assert cli.run(["predict", str(fitted.run), str(image), "--json"]) == 0
+    assert json.loads(words(capsys)[0])[0]["image"] == str(image)
+    image.write_bytes(b"")
+    assert "R\\udcf6ntgen.png: wanted" in error_of(capsys, ["predict", fitted.run, image])
+
+
+def test_images_behind_links_are_predicted_and_lost_ones_named(fitted, tiny, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link").symlink_to(fitted.data / "spot")
+    assert cli.run(["predict", str(fitted.run), str(tmp_path / "images"), "--json"]) == 0
+    assert len(json.loads(words(capsys)[0])) == len(list((fitted.data / "spot").iterdir()))
+    (tmp_path / "images" / "lost.png").symlink_to(tmp_path / "gone.png")
+    assert "lost.png: wanted" in error_of(capsys, ["predict", fitted.run, tmp_path / "images"])
 
 
 def test_other_classes_than_those_of_the_run_are_refused(fitted, tiny, tmp_path, capsys):
@@ -660,7 +765,7 @@ def empty(folder):
         (leave_one_of_a_class, [], "class 'spot' of .* has 1 image;"),
         (truncate, [], "001_0.png.*--skip-bad"),
         (give_four_channels, [], "001_0.png.*Convert it to grey or RGB"),
-        (None, ["--head-lr=1e36"], "the loss became (nan|inf)"),
+        (None, ["--head-lr=1e36"], "head_lr: Input should be less than or equal to 10"),
         (None, ["--min-channels=16"], "budget"),
         (None, ["--budget=0.999", "--min-channels=4"], "budget"),
         (None, ["--group-pattern=^(x+)"], "finds no patient"),

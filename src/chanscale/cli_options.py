@@ -12,6 +12,13 @@ from chanscale.config import FitConfig
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts, on stdout.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Regular expression on the file name; its first group (or whole match) names the patient. "
+        "The intervals come from drawing patients, not single images, again and again."
+    ),
+]
 SkipOption = Annotated[bool, typer.Option(help="Leave unreadable images out, and count them.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the model file in it.")]
 DataArgument = Annotated[

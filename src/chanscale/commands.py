@@ -12,6 +12,7 @@ import typer
 from chanscale import __version__, demo
 from chanscale.cli_options import (
     DataArgument,
+    GroupOption,
     JsonOption,
     ResumeOption,
     RunArgument,
@@ -32,7 +33,8 @@ from chanscale.display import (
     steps_of,
     watching,
 )
-from chanscale.wording import size_on_disk
+from chanscale.errors import ConfigError
+from chanscale.wording import printable, size_on_disk
 
 if TYPE_CHECKING:
     from chanscale.data import ImageSet
@@ -87,6 +89,7 @@ def fit(
     It holds the small classifier, its figures, the split, the history and the configuration.
     """
     config = merge_config(given, config_file)
+    _require_outside(data, out_folder)
     _show_run(_fit(data, out_folder, config, resume=resume), as_json=as_json)
 
 
@@ -94,9 +97,7 @@ def fit(
 def evaluate(
     run_folder: RunArgument,
     data: DataArgument,
-    group_pattern: Annotated[
-        str | None, typer.Option(help=str(FitConfig.model_fields["group_pattern"].description))
-    ] = None,
+    group_pattern: GroupOption = None,
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,6 +108,7 @@ def evaluate(
 
     model, info = load_model(run_folder)
     images = open_images(data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad)
+    images = _take_unseen(images, run_folder)
     _warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
     with watching() as watcher:
         decoded = decode_images(
@@ -135,9 +137,11 @@ def predict(
 ) -> None:
     """Say which class a run sees in images, and how probably."""
     from chanscale.artifact import load_model
-    from chanscale.files import write_atomically
+    from chanscale.files import require_writable, write_atomically
     from chanscale.predictions import predict_images
 
+    if table is not None:
+        require_writable(table)
     model, info = load_model(run_folder)
     with watching() as watcher:
         predictions = predict_images(
@@ -160,7 +164,7 @@ def list_weights(as_json: JsonOption = False) -> None:
     """Say which backbones there are, and which are in the cache."""
     from dataclasses import asdict
 
-    from chanscale.weights import weights_status
+    from chanscale.weights import cache_folder, weights_status
 
     statuses = weights_status()
     if as_json:
@@ -168,6 +172,13 @@ def list_weights(as_json: JsonOption = False) -> None:
         return
     rows = [(s.name, str(s.path or "not fetched"), size_on_disk(s.bytes), s.licence) for s in statuses]
     out.print(describe_rows(("backbone", "cache", "size", "licence"), rows))
+    say(f"Cache: {cache_folder()}")
+    for status in statuses:
+        if status.path is None:
+            by_hand = " or ".join(f"{file} ({manual})" for file, manual in status.files.items())
+            say(
+                f"Get {status.name}: {program()} weights fetch {status.name}; or put into the cache {by_hand}."
+            )
 
 
 @weights_app.command("fetch")
@@ -183,7 +194,7 @@ def fetch_weights(
     if as_json:
         show_json({"name": name, "path": str(path)})
     else:
-        typer.echo(path)
+        typer.echo(printable(str(path)))
 
 
 @app.command()
@@ -198,7 +209,7 @@ def phantom(
     One half shows opacities, whose boxes stand in boxes.csv. No substitute for patients.
     """
     _draw_phantoms(folder, count=count, size=size, seed=seed)
-    typer.echo(folder)
+    typer.echo(printable(str(folder)))
 
 
 @app.command("demo")
@@ -230,8 +241,12 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)
-    images = open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
-    _warn_about_patients(images, config.group_pattern, "who may then stand on two sides of the split")
+    _warn_about_patients(
+        # Without a name, so that they are not held through the run, which opens them itself.
+        open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad),
+        config.group_pattern,
+        "who may then stand on two sides of the split",
+    )
     try:
         with watching(config) as watcher:
             return scale_and_select(
@@ -241,6 +256,32 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
         if folder.partial.exists():
             raise UnfinishedRun from interrupt
         raise
+
+
+def _require_outside(data: Path, out_folder: Path) -> None:
+    if data.is_dir() and out_folder.resolve().is_relative_to(data.resolve()):
+        raise ConfigError(
+            f"--out {out_folder} lies in the images' folder {data}, where a folder is a class; choose one beside it"
+        )
+
+
+def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
+    """Return the test images, where the source says which they are; warn of those that the run has seen."""
+    from chanscale.data import read_training_names
+
+    test = images.on_side("test")
+    if test is not None and len(test) < len(images):
+        complain(f"evaluating the {len(test)} of {len(images)} images that {images.source} has as test")
+        images = test
+    splits = (run_folder if run_folder.is_dir() else run_folder.parent) / "splits.csv"
+    seen = read_training_names(splits) if splits.exists() else frozenset()
+    count = sum(record.name in seen for record in images.records)
+    if count:
+        complain(
+            f"warning: {splits} names {count} of these {len(images)} images as train or validation; "
+            "on images that it has seen, a model looks better than it is"
+        )
+    return images
 
 
 def _warn_about_patients(images: "ImageSet", group_pattern: str | None, danger: str) -> None:

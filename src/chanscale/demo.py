@@ -19,7 +19,7 @@ class Demo:
 
     def folder_beside(self, out: Path) -> Path:
         """Return where the phantoms go: named after what they are, so that they can serve again."""
-        return out.with_name(f"phantoms-{self.images}-{self.image_size}px")
+        return out.absolute().parent / f"phantoms-{self.images}-{self.image_size}px"
 
 
 FULL = Demo(400, 128, FitConfig(budget=0.95, group_pattern=GROUP_PATTERN))

@@ -21,7 +21,7 @@ from chanscale.config import FitConfig
 from chanscale.files import to_json
 from chanscale.progress import Watcher
 from chanscale.schedule import Moment, plan_epochs
-from chanscale.wording import percent, shorten
+from chanscale.wording import percent, printable, shorten
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -162,12 +162,12 @@ def program() -> str:
 
 def say(text: str) -> None:
     """Write one line on stdout, as it is."""
-    out.print(text, markup=False, soft_wrap=True)
+    out.print(printable(text), markup=False, soft_wrap=True)
 
 
 def complain(message: object) -> None:
     """Write one line on stderr."""
-    typer.echo(" ".join(line.strip() for line in str(message).splitlines()), err=True)
+    typer.echo(printable(" ".join(line.strip() for line in str(message).splitlines())), err=True)
 
 
 def show_json(value: Any) -> None:
@@ -189,7 +189,7 @@ def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
     for index, name in enumerate(columns):
         table.add_column(Text(name), overflow="fold", justify="left" if index < 2 else "right")
     for row in rows:
-        table.add_row(*map(Text, row))  # not markup: a name may hold brackets
+        table.add_row(*(Text(printable(cell)) for cell in row))  # not markup: a name may hold brackets
     return table
 
 
