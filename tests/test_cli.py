@@ -266,13 +266,17 @@ def test_patients_that_may_stand_on_two_sides_are_pointed_out(tmp_path, asked, c
 
 
 def test_the_images_are_not_held_twice(tmp_path, asked):
-    def count_image_sets():
+    def image_sets():
         gc.collect()
-        asked.held = [thing for thing in gc.get_objects() if type(thing) is ImageSet]
+        return {id(thing) for thing in gc.get_objects() if type(thing) is ImageSet}
 
-    asked.before_the_error, asked.error = count_image_sets, TrainingError("far enough")
+    def compare():
+        asked.held = image_sets() - before
+
+    before = image_sets()  # those of other tests
+    asked.before_the_error, asked.error = compare, TrainingError("far enough")
     assert fit(tmp_path) == 2
-    assert asked.held == []
+    assert asked.held == set()
 
 
 @pytest.mark.parametrize("out", ["data/run", "data", "data/clear/run", "link/run"])
@@ -340,6 +344,31 @@ def test_an_interrupt_elsewhere_does_not_speak_of_going_on(monkeypatch, capsys):
     monkeypatch.setattr("chanscale.weights.fetch_weights", fetch)
     assert cli.run(["weights", "fetch"]) == 130
     assert words(capsys)[1] == "interrupted; nothing half-written is left\n"
+
+
+# --- inspection
+
+
+def test_a_network_is_inspected(capsys):
+    assert cli.run(["inspect", "vgg16", "--size", "32", "--json"]) == 0
+    report = json.loads(words(capsys)[0])
+    assert [group["width"] for group in report["groups"]] == [64, 64, 128, 128, *[256] * 3, *[512] * 6]
+    assert all(group["protected"] is None for group in report["groups"])
+    assert report["prunable"] == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("vgg17", "must be one of vgg16"),
+        ("keras:VGG16", "'keras' is no source of networks"),
+        ("monai:VGG99", "monai does not build 'VGG99'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_there_is_not_is_an_error(network, said, capsys):
+    assert cli.run(["inspect", network]) == 2
+    assert said in " ".join(words(capsys)[1].split())
 
 
 # --- weights, phantoms, demonstration

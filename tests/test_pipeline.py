@@ -46,7 +46,7 @@ class StoppedError(Exception):
 class StopAfter(Watcher):
     """Stops the run when it has finished an epoch."""
 
-    def on_epoch(self, moment, row):
+    def on_epoch(self, moment, row):  # noqa: ARG002
         raise StoppedError
 
 

@@ -7,8 +7,9 @@ from torch import nn
 from chanscale.attaching import attach_scales
 from chanscale.channels import channel_groups
 from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
-from chanscale.pruning import check_removal, keep_inputs, keep_outputs, mask_channels, prune_channels
+from chanscale.pruning import check_removal, mask_channels, prune_channels
 from chanscale.selection import ChannelSelection
+from chanscale.slicing import keep_inputs, keep_outputs
 from networks import NETWORKS, build, build_classifier, images, plain_trunk, same_tensors, set_scales
 
 
@@ -93,4 +94,4 @@ def test_layers_of_unknown_kind_are_refused_by_name():
     with pytest.raises(ModelError, match="cannot remove output channels of a GELU"):
         keep_outputs(nn.GELU(), torch.arange(2))
     with pytest.raises(ModelError, match="cannot remove input channels of a GELU"):
-        keep_inputs(nn.GELU(), torch.arange(2), 4)
+        keep_inputs(nn.GELU(), torch.arange(2))

@@ -53,10 +53,14 @@ def require_features(model: Classifier, images: Tensor) -> None:
         features: object = twin.eval().feature_map(images)
     except Exception as error:  # whatever the user's trunk raises
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"the network does not run on images of {tuple(images.shape[1:])}: {reason}") from error
+        raise ModelError(
+            f"the network does not run on images of {tuple(images.shape[1:])}: {reason}"
+        ) from error
     if not isinstance(features, Tensor) or features.dim() != 4:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ModelError(f"the trunk must return a feature map (N, C, H, W). Got {got}; pass it without its head")
+        raise ModelError(
+            f"the trunk must return a feature map (N, C, H, W). Got {got}; pass it without its head"
+        )
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from chanscale.config import FitConfig
 from chanscale.display import (
     complain,
     describe_evaluation,
+    describe_groups,
     describe_predictions,
     describe_rows,
     out,
@@ -34,7 +35,7 @@ from chanscale.display import (
     watching,
 )
 from chanscale.errors import ConfigError
-from chanscale.wording import printable, size_on_disk
+from chanscale.wording import percent, printable, size_on_disk
 
 if TYPE_CHECKING:
     from chanscale.data import ImageSet
@@ -157,6 +158,43 @@ def predict(
         show_json(rows)
     elif table is None:
         out.print(describe_predictions(rows))
+
+
+@app.command()
+def inspect(
+    network: Annotated[
+        str,
+        typer.Argument(
+            metavar="NETWORK", help="vgg16, or LIBRARY:NETWORK of one installed, e.g. monai:DenseNet121."
+        ),
+    ],
+    size: Annotated[int, typer.Option(min=8, help="Side of the example, in pixels or voxels.")] = 64,
+    dimensions: Annotated[
+        int, typer.Option(min=1, max=3, help="1, 2 or 3, where the network leaves it open.")
+    ] = 2,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the example.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which channels of a network hang together, and which can be removed exactly.
+
+    Each group is tried, with random weights: half of its channels are set to 0, and removed.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from chanscale.catalogue import build_network
+    from chanscale.inspection import inspect_network
+
+    model = build_network(network, dimensions=dimensions, channels=channels)
+    report = inspect_network(model, torch.randn(2, channels, *[size] * dimensions))
+    if as_json:
+        show_json({**asdict(report), "prunable": report.prunable})
+        return
+    out.print(describe_groups(report))
+    say(
+        f"{percent(report.prunable)} of the convolutions' parameters lie in groups that can be removed exactly."
+    )
 
 
 @weights_app.command("list")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 from rich import box
@@ -22,6 +22,9 @@ from chanscale.files import to_json
 from chanscale.progress import Watcher
 from chanscale.schedule import Moment, plan_epochs
 from chanscale.wording import percent, printable, shorten
+
+if TYPE_CHECKING:
+    from chanscale.inspection import NetworkReport
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -191,6 +194,18 @@ def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))  # not markup: a name may hold brackets
     return table
+
+
+def describe_groups(report: "NetworkReport") -> Table:
+    """Return a table of what `inspect_network` gives: a row for each group."""
+    rows = [
+        (
+            group.name, group.protected or "removable", str(len(group.layers)), str(group.width),
+            shorten(group.parameters), shorten(group.macs),
+        )
+        for group in report.groups
+    ]  # fmt: skip
+    return describe_rows(("group", "state", "layers", "width", "parameters", "MACs"), rows)
 
 
 def describe_predictions(predictions: Sequence[Mapping[str, Any]]) -> Table:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from functools import singledispatch
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelErro
 from chanscale.heads import PooledHead
 from chanscale.scaling import ChannelScale, ensure_affine
 from chanscale.selection import ChannelSelection
+from chanscale.slicing import keep_inputs, keep_outputs, slice_like
 
 ROUNDING = 1e-8
 """Largest change of an output that is rounding, relative to the largest output, both computed in fp64.
@@ -37,7 +37,8 @@ def prune_channels(model: Model, selection: ChannelSelection) -> Model:
         for name in (group.name, *group.norms, *([group.scale] if group.scale else [])):
             keep_outputs(pruned.get_submodule(name), kept)
         for name in group.consumers:
-            keep_inputs(pruned.get_submodule(name), kept, group.width)
+            consumer = pruned.get_submodule(name)
+            keep_inputs(consumer, _positions(consumer, kept, group.width))
     _own(pruned, shared)
     return pruned
 
@@ -163,74 +164,22 @@ def _require_indices(kept: Tensor, group: ChannelGroup) -> None:
         )
 
 
-@singledispatch
-def keep_outputs(layer: nn.Module, kept: Tensor) -> None:
-    """Keep only the output channels `kept` of `layer`, in place."""
-    raise ModelError(f"cannot remove output channels of a {type(layer).__name__}")
-
-
-@singledispatch
-def keep_inputs(layer: nn.Module, kept: Tensor, width: int) -> None:
-    """Keep only the input channels `kept`, out of `width`, of `layer`, in place."""
-    raise ModelError(f"cannot remove input channels of a {type(layer).__name__}")
-
-
-@keep_outputs.register
-def _(layer: nn.Conv2d, kept: Tensor) -> None:
-    layer.out_channels = len(kept)
-    _slice(layer, "weight", kept)
-    _slice(layer, "bias", kept)
-
-
-@keep_outputs.register
-def _(layer: nn.BatchNorm2d, kept: Tensor) -> None:
-    layer.num_features = len(kept)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        _slice(layer, name, kept)
-
-
 @keep_outputs.register
 def _(layer: ChannelScale, kept: Tensor) -> None:
-    _slice(layer, "weight", kept)
-
-
-@keep_inputs.register
-def _(layer: nn.Conv2d, kept: Tensor, width: int) -> None:
-    del width
-    layer.in_channels = len(kept)
-    _slice(layer, "weight", kept, dim=1)
-
-
-@keep_inputs.register
-def _(layer: nn.Linear, kept: Tensor, width: int) -> None:
-    # Behind a flatten, the positions of one channel lie next to each other.
-    positions = layer.in_features // width
-    inputs = (kept[:, None] * positions + torch.arange(positions)).flatten()
-    layer.in_features = len(inputs)
-    _slice(layer, "weight", inputs, dim=1)
-
-
-@keep_inputs.register
-def _(layer: PooledHead, kept: Tensor, width: int) -> None:
-    keep_inputs(layer.linear, kept, width)
-    _slice(layer, "mean", kept)
-    _slice(layer, "variance", kept)
-
-
-def _slice(layer: nn.Module, name: str, kept: Tensor, *, dim: int = 0) -> None:
-    old = getattr(layer, name)
-    if old is None:
-        return
-    new = slice_like(old.detach(), kept, dim=dim)
-    setattr(
-        layer,
-        name,
-        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
+    layer.weight = nn.Parameter(
+        slice_like(layer.weight.detach(), kept), requires_grad=layer.weight.requires_grad
     )
 
 
-def slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:
-    """Return `values[kept]` along `dim`, in the memory layout of `values`."""
-    sliced = values.index_select(dim, kept.to(values.device))
-    channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
-    return sliced.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+@keep_inputs.register
+def _(layer: PooledHead, kept: Tensor) -> None:
+    keep_inputs(layer.linear, kept)
+    layer.mean, layer.variance = slice_like(layer.mean, kept), slice_like(layer.variance, kept)
+
+
+def _positions(layer: nn.Module, kept: Tensor, width: int) -> Tensor:
+    """Return which inputs of `layer` hold the channels `kept` out of `width`: several each behind a flatten."""
+    if not isinstance(layer, nn.Linear):
+        return kept
+    each = layer.in_features // width
+    return (kept[:, None] * each + torch.arange(each)).flatten()

@@ -1,0 +1,226 @@
+"""Which layers share channels, in any convolutional network: traced by Torch-Pruning, told as plain positions.
+
+Torch-Pruning (Fang et al. 2023, DepGraph) follows autograd's graph of one forward pass, through residual adds,
+concatenations, depthwise convolutions and flattening. It says what hangs together, not whether the removal of a
+channel leaves the output as it is: that depends on where a zero is a zero. So a group says behind which layers a
+scale must sit for that, and `proof.py` tries it.
+"""
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from chanscale.errors import UnsupportedTopologyError
+
+NORMS = (_BatchNorm, _InstanceNorm)
+"""Norms that treat every channel apart from the others, while they are in eval mode."""
+
+GATES = ("Sigmoid", "Hardsigmoid", "Softmax")
+"""What comes out of these multiplies other channels: its own 0 is not needed, and would not be one behind them."""
+
+
+Positions = dict[nn.Module, dict[int, int]]
+"""For each layer: position -> the channel of the group that it holds."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where channels of a group lie along the outputs, or the inputs, of a layer.
+
+    `positions[i]` of the layer holds channel `channels[i]` of the group. Behind a flatten, a channel has several
+    positions; in a concatenation, the positions begin somewhere in the middle.
+    """
+
+    layer: str
+    positions: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    def holding(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """Return the positions that hold the `chosen` channels."""
+        wanted = set(chosen)
+        return tuple(p for p, c in zip(self.positions, self.channels, strict=True) if c in wanted)
+
+
+@dataclass(frozen=True)
+class CoupledGroup:
+    """Channels that are there, or not, in all of these layers at once.
+
+    `name`: the convolution that the channels are counted in. `outputs` make or pass them on, `inputs` take them
+    in. `scales`: those of the outputs behind which a scale must sit; where all of them are 0, a channel can go.
+    `protected`: why no channel can be removed, or None.
+    """
+
+    name: str
+    width: int
+    outputs: tuple[Slot, ...]
+    inputs: tuple[Slot, ...]
+    scales: tuple[Slot, ...]
+    protected: str | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every layer of the group once, those that make the channels first."""
+        return tuple(dict.fromkeys(slot.layer for slot in (*self.outputs, *self.inputs)))
+
+    def protect(self, reason: str) -> "CoupledGroup":
+        """Return the group, protected for `reason`."""
+        return replace(self, protected=self.protected or reason)
+
+
+def couple_channels(model: nn.Module, example: Tensor) -> tuple[CoupledGroup, ...]:
+    """Return the groups of `model`, from input to output, as one forward pass of `example` shows them.
+
+    `example`: (N, C, *), of a size that the model takes. The model is not changed, and may be frozen or in
+    training. Raises UnsupportedTopologyError when it cannot be traced, or has no convolution.
+    """
+    names, graph = _trace(model, example)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = list(graph.get_all_groups(root_module_types=[_ConvNd]))
+    groups = [_describe(group, names) for group in found]
+    if not groups:
+        raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
+    return tuple(_protect_overlaps(sorted(groups, key=lambda group: order[group.name])))
+
+
+def _trace(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, str], Any]:
+    # Imported here: it takes a second, and only tracing needs it.
+    import torch_pruning as tp
+
+    # Autograd records what requires a gradient: the twin's parameters do, on the memory of the model's.
+    memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters()}
+    memory |= {id(buffer): buffer for buffer in model.buffers()}
+    twin = copy.deepcopy(model, memory).eval()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            graph = tp.DependencyGraph().build_dependency(twin, example, verbose=False)
+    except Exception as error:  # whatever the model's forward raises, or what Torch-Pruning makes of it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedTopologyError(f"{type(model).__name__} cannot be traced: {reason}") from error
+    return {module: name for name, module in twin.named_modules()}, graph
+
+
+def _describe(group: Any, names: dict[nn.Module, str]) -> CoupledGroup:
+    """Say in positions what Torch-Pruning found."""
+    root = group[0].dep.target.module
+    outputs: Positions = defaultdict(dict)
+    inputs: Positions = defaultdict(dict)
+    nodes, reason = {}, None
+    for item in group:
+        node, module = item.dep.target, item.dep.target.module
+        nodes[node] = module
+        reason = reason or _obstacle(node, names)
+        if module not in names or _is_shared(module):
+            continue
+        takes_in = item.dep.handler.__name__ == "prune_in_channels" and not _passes_on(module)
+        slot = (inputs if takes_in else outputs)[module]
+        for position, channel in zip(item.idxs, item.root_idxs, strict=True):
+            if slot.setdefault(position, channel) != channel:
+                reason = reason or f"{names[module]} mixes its channels"
+    return CoupledGroup(
+        name=_choose_name(root, outputs, names),
+        width=root.out_channels,
+        outputs=_slots(outputs, names),
+        inputs=_slots(inputs, names),
+        scales=_slots({site: outputs[site] for site in _find_sites(nodes, outputs, inputs)}, names),
+        protected=reason,
+    )
+
+
+def _choose_name(root: nn.Module, outputs: Positions, names: dict[nn.Module, str]) -> str:
+    """Return the first convolution that makes the channels in the order in which `root` makes them."""
+    order = list(names)
+    makers = [
+        layer for layer, slot in outputs.items() if isinstance(layer, _ConvNd) and slot == outputs[root]
+    ]
+    return names[min(makers, key=order.index)]
+
+
+def _slots(found: Positions, names: dict[nn.Module, str]) -> tuple[Slot, ...]:
+    return tuple(
+        Slot(names[layer], *zip(*sorted(slot.items()), strict=True)) for layer, slot in found.items()
+    )
+
+
+def _obstacle(node: Any, names: dict[nn.Module, str]) -> str | None:
+    """Return why channels that pass `node` cannot be removed, as far as its type tells."""
+    module = node.module
+    if type(module).__name__ == "_OutputOp":
+        return "the network returns these channels"
+    if isinstance(module, nn.Parameter):
+        return "they meet a parameter that belongs to no layer"
+    if module not in names:
+        return None
+    if isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module):
+        return f"{names[module]} is a grouped convolution"
+    if not isinstance(module, (_ConvNd, nn.Linear, nn.PReLU, *NORMS)):
+        return f"{names[module]} ({type(module).__name__}) computes over all channels"
+    return None
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether `module` has one parameter for all channels."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether what comes out of `module` has the channels that went in."""
+    return isinstance(module, (nn.PReLU, *NORMS)) or _is_depthwise(module)
+
+
+def _find_sites(
+    nodes: dict[Any, Any], makers: Container[nn.Module], takers: Container[nn.Module]
+) -> Iterator[nn.Module]:
+    """Yield the last of the `makers` on each way to whatever takes the channels in.
+
+    A scale in front of another one is not needed; one in front of a frozen norm would leave its constant.
+    """
+    sites = {
+        node for node, module in nodes.items() if module in makers and isinstance(module, (_ConvNd, *NORMS))
+    }
+    yield from (nodes[site] for site in nodes if site in sites and _reaches_taker(site, nodes, sites, takers))
+
+
+def _reaches_taker(start: Any, nodes: dict[Any, Any], sites: set[Any], takers: Container[nn.Module]) -> bool:
+    waiting, seen = list(start.outputs), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node not in nodes:
+            continue
+        seen.add(node)
+        if nodes[node] in takers:
+            return True
+        gate = node.grad_fn is not None and node.grad_fn.name().startswith(GATES)
+        if not gate and node not in sites:
+            waiting.extend(node.outputs)
+    return False
+
+
+def _protect_overlaps(groups: list[CoupledGroup]) -> Iterator[CoupledGroup]:
+    """Protect groups that claim a position which another one has: they would have to go together."""
+    owner: dict[tuple[str, str, int], str] = {}
+    for group in groups:
+        claims = [
+            (axis, slot.layer, position)
+            for axis, slots in (("out", group.outputs), ("in", group.inputs))
+            for slot in slots
+            for position in slot.positions
+        ]
+        other = next((owner[claim] for claim in claims if claim in owner), None)
+        owner |= dict.fromkeys(claims, group.name)
+        yield group if other is None else group.protect(f"they are tied to channels of {other}")

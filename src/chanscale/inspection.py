@@ -1,0 +1,116 @@
+"""What could be removed from a network, before anything is trained: a row for each group of channels."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from chanscale.coupling import CoupledGroup
+from chanscale.proof import find_groups
+from chanscale.slicing import INPUT_WIDTHS, OUTPUT_WIDTHS
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: its layers, its width, what its channels hold, and why they stay, if they have to.
+
+    `parameters` and `macs` (for one image): what goes if every channel goes. Groups share the weights between them,
+    so their sums count some weights twice.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    width: int
+    parameters: int
+    macs: int
+    protected: str | None
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """All groups of a network, and how many of its convolutions' parameters lie in those that are not protected."""
+
+    groups: tuple[GroupReport, ...]
+    conv_parameters: int
+    prunable_parameters: int
+
+    @property
+    def prunable(self) -> float:
+        """Share of the convolutions' parameters that lie in a group that is not protected."""
+        return self.prunable_parameters / self.conv_parameters
+
+
+def inspect_network(model: nn.Module, example: Tensor) -> NetworkReport:
+    """Trace `model` with `example` (N, C, *), try every group, and say what each holds.
+
+    Raises UnsupportedTopologyError when the model cannot be traced.
+    """
+    groups = find_groups(model, example)
+    positions = _count_positions(model, example)
+    return NetworkReport(
+        groups=tuple(_report(model, group, positions) for group in groups),
+        conv_parameters=sum(conv.weight.numel() for _, conv in _convolutions(model)),
+        prunable_parameters=_count_prunable(model, groups),
+    )
+
+
+def _report(model: nn.Module, group: CoupledGroup, positions: dict[str, int]) -> GroupReport:
+    parameters = macs = 0
+    for slots, axis in ((group.outputs, OUTPUT_WIDTHS), (group.inputs, INPUT_WIDTHS)):
+        for slot in slots:
+            layer = model.get_submodule(slot.layer)
+            weights = [p.numel() for p in layer.parameters(recurse=False)]
+            width = next(int(getattr(layer, name)) for name in axis if hasattr(layer, name))
+            # Along the inputs there is the weight alone; a bias belongs to the outputs.
+            parameters += (
+                sum(weights if axis is OUTPUT_WIDTHS else weights[:1]) * len(slot.positions) // width
+            )
+            macs += sum(weights[:1]) * positions.get(slot.layer, 0) * len(slot.positions) // width
+    return GroupReport(group.name, group.layers, group.width, parameters, macs, group.protected)
+
+
+def _count_prunable(model: nn.Module, groups: Iterable[CoupledGroup]) -> int:
+    """Return the number of convolution weights whose output or input channel can be removed."""
+    outputs: dict[str, set[int]] = defaultdict(set)
+    inputs: dict[str, set[int]] = defaultdict(set)
+    for group in groups:
+        if group.protected is None:
+            for slots, found in ((group.outputs, outputs), (group.inputs, inputs)):
+                for slot in slots:
+                    found[slot.layer].update(slot.positions)
+    total = 0
+    for name, conv in _convolutions(model):
+        per_pair = conv.weight.numel() // (conv.out_channels * (conv.in_channels // conv.groups))
+        stay_out = conv.out_channels - len(outputs[name])
+        stay_in = conv.in_channels // conv.groups - (len(inputs[name]) if conv.groups == 1 else 0)
+        total += conv.weight.numel() - stay_out * stay_in * per_pair
+    return total
+
+
+def _convolutions(model: nn.Module) -> Sequence[tuple[str, _ConvNd]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+
+
+@torch.no_grad()
+def _count_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Return how often, for one image, each convolution or linear layer applies its weights."""
+    counts: dict[str, int] = defaultdict(int)
+    twin = copy.deepcopy(model).eval()
+    for name, module in twin.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            module.register_forward_hook(_counter(counts, name))
+    twin(example)
+    return counts
+
+
+def _counter(counts: dict[str, int], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counted = inputs[0] if isinstance(module, _ConvTransposeNd) else output
+        width = counted.shape[-1] if isinstance(module, nn.Linear) else counted.shape[1]
+        counts[name] += counted.numel() // (width * len(counted))
+
+    return hook

@@ -1,0 +1,91 @@
+"""Keep only some positions along the outputs, or the inputs, of a layer: in place, each weight a bit-exact slice."""
+
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from chanscale.errors import ModelError
+
+OUTPUT_WIDTHS = ("out_channels", "num_features", "out_features", "num_parameters")
+INPUT_WIDTHS = ("in_channels", "in_features")
+"""What layers call the number of their outputs, and of their inputs."""
+
+
+@singledispatch
+def keep_outputs(layer: nn.Module, kept: Tensor) -> None:
+    """Keep only the outputs `kept` of `layer`: ascending positions, shape (kept,). Raises ModelError."""
+    raise ModelError(f"cannot remove output channels of a {type(layer).__name__}")
+
+
+@singledispatch
+def keep_inputs(layer: nn.Module, kept: Tensor) -> None:
+    """Keep only the inputs `kept` of `layer`: ascending positions, shape (kept,). Raises ModelError."""
+    raise ModelError(f"cannot remove input channels of a {type(layer).__name__}")
+
+
+@keep_outputs.register
+def _(layer: _ConvNd, kept: Tensor) -> None:
+    depthwise = layer.groups > 1  # then each channel has a filter of its own, which goes with it
+    if depthwise:
+        layer.groups = layer.in_channels = len(kept)
+    layer.out_channels = len(kept)
+    transposed = isinstance(layer, _ConvTransposeNd) and not depthwise
+    _slice(layer, "weight", kept, dim=1 if transposed else 0)
+    _slice(layer, "bias", kept)
+
+
+@keep_outputs.register(_BatchNorm)
+@keep_outputs.register(_InstanceNorm)
+def _(layer: nn.Module, kept: Tensor) -> None:
+    layer.num_features = len(kept)  # type: ignore[assignment]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _slice(layer, name, kept)
+
+
+@keep_outputs.register
+def _(layer: nn.Linear, kept: Tensor) -> None:
+    layer.out_features = len(kept)
+    _slice(layer, "weight", kept)
+    _slice(layer, "bias", kept)
+
+
+@keep_outputs.register
+def _(layer: nn.PReLU, kept: Tensor) -> None:
+    if layer.num_parameters > 1:
+        layer.num_parameters = len(kept)
+        _slice(layer, "weight", kept)
+
+
+@keep_inputs.register
+def _(layer: _ConvNd, kept: Tensor) -> None:
+    layer.in_channels = len(kept)
+    _slice(layer, "weight", kept, dim=0 if isinstance(layer, _ConvTransposeNd) else 1)
+
+
+@keep_inputs.register
+def _(layer: nn.Linear, kept: Tensor) -> None:
+    layer.in_features = len(kept)
+    _slice(layer, "weight", kept, dim=1)
+
+
+def _slice(layer: nn.Module, name: str, kept: Tensor, *, dim: int = 0) -> None:
+    old = getattr(layer, name)
+    if old is None:
+        return
+    new = slice_like(old.detach(), kept, dim=dim)
+    setattr(
+        layer,
+        name,
+        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
+    )
+
+
+def slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:
+    """Return `values[kept]` along `dim`, in the memory layout of `values`."""
+    sliced = values.index_select(dim, kept.to(values.device))
+    channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return sliced.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,0 +1,150 @@
+"""Groups of any network: what is not protected can be removed without a trace, and the rest says why."""
+
+import copy
+
+import pytest
+import torch
+from architectures import monai_networks, own_networks, randomise
+from torch import nn
+
+from chanscale.coupling import couple_channels
+from chanscale.errors import EmptySelectionError, UnsupportedTopologyError
+from chanscale.inspection import inspect_network
+from chanscale.proof import ROUNDING, find_groups, halve, relative_change, remove_coupled, run_masked
+from networks import same_tensors
+
+NETWORKS = {name: network for name, network in own_networks().items() if name != "VGG16"}
+
+PROTECTED = {
+    "sigmoid activation": "changes the output",
+    "hard-coded view": "does not run without them",
+    "grouped convolution": "is a grouped convolution",
+    "group norm": "GroupNorm) computes over all channels",
+}
+
+
+def build(name):
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    return randomise(make()).double(), torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def found(request):
+    model, example = build(request.param)
+    return request.param, model, example, find_groups(model, example)
+
+
+@torch.no_grad()
+def test_half_of_the_channels_of_all_free_groups_go_without_a_trace(found):
+    _, model, example, groups = found
+    free = [group for group in groups if group.protected is None]
+    if not free:
+        assert all(group.protected for group in groups)
+        return
+    removal = halve(free)
+    wanted, pruned = run_masked(model, free, removal, example), remove_coupled(model, free, removal)
+    assert relative_change(wanted, pruned(example)) <= ROUNDING
+    assert relative_change(model(example), wanted) > 1e-4
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_left_of_a_weight_is_a_slice_of_it(found):
+    _, model, _, groups = found
+    free = [group for group in groups if group.protected is None]
+    if free:
+        pruned = remove_coupled(model, free, halve(free))
+        for name, weight in pruned.named_parameters():
+            whole = model.get_parameter(name)
+            values = set(whole.flatten().tolist())
+            assert set(weight.flatten().tolist()) <= values
+
+
+def test_the_network_is_left_as_it_was(found):
+    name, model, _, _ = found
+    fresh, _ = build(name)
+    assert same_tensors(model, fresh)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", PROTECTED)
+def test_what_is_not_exact_is_protected_with_the_reason(name):
+    model, example = build(name)
+    reasons = [group.protected for group in find_groups(model, example) if group.protected]
+    assert any(PROTECTED[name] in reason for reason in reasons)
+
+
+def test_in_front_of_a_frozen_norm_a_zero_is_not_enough():
+    """A scale belongs behind the norm: the probe finds out where one stands in front of it."""
+    model, example = build("pre-activation")
+    [group] = [group for group in find_groups(model, example) if group.name == "stem"]
+    assert {slot.layer for slot in group.scales} == {"norm1", "norm2", "norm3"}
+    assert {"stem", "first", "second"} <= set(group.layers)
+
+
+def test_channels_of_a_concatenation_lie_where_they_were_put():
+    model, example = build("concatenate")
+    groups = {group.name: group for group in couple_channels(model, example)}
+    [head] = groups["right.0"].inputs
+    assert head.positions == tuple(range(16, 24))
+    assert head.channels == tuple(range(8))
+
+
+def test_behind_a_flatten_a_channel_has_several_positions():
+    model, example = build("flatten with positions")
+    [group] = couple_channels(model, example)
+    [linear] = group.inputs
+    assert linear.holding([1]) == tuple(range(16, 32))
+
+
+MONAI = ("MONAI ResNet-18 3-D", "MONAI DenseNet-121", "MONAI EfficientNet-B0", "MONAI SE-ResNet-50")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of MONAI's own imports
+@pytest.mark.parametrize("name", MONAI)
+def test_networks_of_monai_lose_half_of_every_group_exactly(name):
+    make, shape = monai_networks()[name]
+    torch.manual_seed(0)
+    model, example = randomise(make()).double(), torch.randn(shape, dtype=torch.float64)
+    groups = find_groups(model, example)
+    free = [group for group in groups if group.protected is None]
+    removal = halve(free)
+    assert (
+        relative_change(
+            run_masked(model, free, removal, example), remove_coupled(model, free, removal)(example)
+        )
+        < ROUNDING
+    )
+    assert len(free) == len(groups)
+
+
+def test_a_network_without_convolutions_is_refused():
+    with pytest.raises(UnsupportedTopologyError, match="no convolution"):
+        find_groups(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(2, 3, 2, 2))
+
+
+def test_an_example_of_the_wrong_shape_is_refused():
+    model, _ = build("functional")
+    with pytest.raises(UnsupportedTopologyError, match="cannot be traced"):
+        find_groups(model, torch.zeros(2, 5, 64, 64, dtype=torch.float64))
+
+
+def test_a_removal_of_nothing_or_of_all_is_an_error():
+    model, example = build("functional")
+    groups = find_groups(model, example)
+    with pytest.raises(EmptySelectionError, match="nothing to remove"):
+        remove_coupled(model, groups, {})
+    with pytest.raises(EmptySelectionError, match="nothing would be left"):
+        remove_coupled(model, groups, {"first": range(16)})
+
+
+def test_a_report_counts_what_can_go():
+    model, example = build("functional")
+    report = inspect_network(model, example)
+    first, second = report.groups
+    assert (first.name, first.width, first.protected) == ("first", 16, None)
+    assert first.parameters == 16 * (3 * 9 + 1) + 16 * 12 * 9
+    assert first.macs == 16 * 27 * 62 * 62 + 16 * 12 * 9 * 29 * 29
+    assert report.prunable == 1
+    assert copy.deepcopy(second) == second
