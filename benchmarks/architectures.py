@@ -29,6 +29,8 @@ Architecture = tuple[Callable[[], nn.Module], tuple[int, ...]]
 """How a network is built, and the shape of an example."""
 
 GROUPED = "a grouped convolution"
+MOST_TRIED = 12
+"""Groups of a network that Torch-Pruning is given alone: it traces anew for each."""
 
 IMAGE, VOLUME, SIGNAL = (2, 3, 64, 64), (2, 1, 32, 32, 32), (2, 1, 256)
 
@@ -239,7 +241,7 @@ def main() -> None:
         "conv parameters prunable",
         "largest change",
         "s",
-        "wrong, Torch-Pruning",
+        "wrong alone",
     )
     head = f"| {' | '.join(columns)} |"
     lines = [head, "|---|---|---|---|---|---|---|"]
@@ -272,7 +274,8 @@ norm statistics. Made by
 
 *Largest change*: half of the channels of all groups that are not protected removed at once, in fp32, relative to the
 largest output. *s*: seconds to trace and try. *Wrong alone*: groups of which Torch-Pruning, without the proof, removes
-half, and the output is not that of the masked network, or the network no longer runs.
+half, and the output is not that of the masked network, or the network no longer runs; at most twelve groups of a
+network, evenly spread, were tried.
 """
 
 
@@ -314,29 +317,28 @@ def measure(name: str, model: nn.Module, example: Tensor) -> tuple[str, list[str
     ]
 
 
-def count_wrong(model: nn.Module, groups: tuple[CoupledGroup, ...], example: Tensor) -> int:
-    """Return how many groups Torch-Pruning, left alone, does not remove exactly."""
+def count_wrong(model: nn.Module, groups: tuple[CoupledGroup, ...], example: Tensor) -> str:
+    """Return how many groups Torch-Pruning, left alone, does not remove exactly, of how many that were tried."""
     import torch_pruning as tp
 
+    possible = [g for g in groups if g.width > 1 and g.protected != "the network returns these channels"]
+    tried = possible[:: -(-len(possible) // MOST_TRIED)]
     wrong = 0
-    for group in groups:
+    for group in tried:
         removal = halve([group])
-        if not removal[group.name] or group.protected == "the network returns these channels":
-            continue
         twin = copy.deepcopy(model)
         layer = twin.get_submodule(group.name)
         try:
             with torch.enable_grad():
                 graph = tp.DependencyGraph().build_dependency(twin, example, verbose=False)
-            graph.get_pruning_group(
-                layer, graph.get_pruner_of_module(layer).prune_out_channels, removal[group.name]
-            ).prune()
+            prune = graph.get_pruner_of_module(layer).prune_out_channels
+            graph.get_pruning_group(layer, prune, removal[group.name]).prune()
             got = twin(example)
         except Exception:
             wrong += 1
             continue
         wrong += relative_change(run_masked(model, [group], removal, example), got) > 1e-4
-    return wrong
+    return f"{wrong} of {len(tried)}"
 
 
 if __name__ == "__main__":
