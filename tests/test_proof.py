@@ -60,6 +60,14 @@ def test_what_is_left_of_a_weight_is_a_slice_of_it(found):
             assert set(weight.flatten().tolist()) <= values
 
 
+def test_every_group_is_reported(found):
+    _, model, example, groups = found
+    report = inspect_network(model, example)
+    assert [(row.name, row.protected) for row in report.groups] == [(g.name, g.protected) for g in groups]
+    assert all(row.parameters > 0 and row.macs > 0 for row in report.groups)
+    assert 0 <= report.prunable <= 1
+
+
 def test_the_network_is_left_as_it_was(found):
     name, model, _, _ = found
     fresh, _ = build(name)

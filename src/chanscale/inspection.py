@@ -64,7 +64,10 @@ def _report(model: nn.Module, group: CoupledGroup, positions: dict[str, int]) ->
         for slot in slots:
             layer = model.get_submodule(slot.layer)
             weights = [p.numel() for p in layer.parameters(recurse=False)]
-            width = next(int(getattr(layer, name)) for name in axis if hasattr(layer, name))
+            # A layer that has no such name (a layer norm) protects the group: all its channels are in it.
+            width = next(
+                (int(getattr(layer, name)) for name in axis if hasattr(layer, name)), len(slot.positions)
+            )
             # Along the inputs there is the weight alone; a bias belongs to the outputs.
             parameters += (
                 sum(weights if axis is OUTPUT_WIDTHS else weights[:1]) * len(slot.positions) // width
