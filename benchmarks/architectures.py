@@ -9,6 +9,7 @@ where it is not installed.
 import argparse
 import copy
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,6 @@ from chanscale.proof import find_groups, halve, relative_change, remove_coupled,
 Architecture = tuple[Callable[[], nn.Module], tuple[int, ...]]
 """How a network is built, and the shape of an example."""
 
-GROUPED = "a grouped convolution"
 MOST_TRIED = 12
 """Groups of a network that Torch-Pruning is given alone: it traces anew for each."""
 
@@ -299,7 +299,8 @@ def measure(name: str, model: nn.Module, example: Tensor) -> tuple[str, list[str
     protected = [group for group in groups if group.protected is not None]
     reasons: dict[str, int] = {}
     for group in protected:
-        kind = GROUPED if group.protected and group.protected.endswith(GROUPED) else group.protected or ""
+        # Not the name of the layer, where there are many of its kind.
+        kind = re.sub(r"^\S+ (?:is )?(?=a grouped|\(\w+\) computes)", "", group.protected or "")
         reasons[kind] = reasons.get(kind, 0) + 1
     figures = (
         name,
