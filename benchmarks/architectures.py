@@ -12,6 +12,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from chanscale.catalogue import build_network
 from chanscale.coupling import CoupledGroup
 from chanscale.errors import UnsupportedTopologyError
 from chanscale.files import write_atomically
-from chanscale.inspection import inspect_network
+from chanscale.inspection import describe_network
 from chanscale.proof import find_groups, halve, relative_change, remove_coupled, run_masked
 
 Architecture = tuple[Callable[[], nn.Module], tuple[int, ...]]
@@ -195,19 +197,8 @@ def transformers_networks() -> dict[str, Architecture]:
     """Return transformers' convolutional classifiers, from their default configurations."""
     if importlib.util.find_spec("transformers") is None:
         return {}
-    import transformers as hub
-
-    class Logits(nn.Module):
-        def __init__(self, name: str, **options: object) -> None:
-            super().__init__()
-            self.net = getattr(hub, f"{name}ForImageClassification")(getattr(hub, f"{name}Config")(**options))
-
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.net(x).logits
-            return logits
-
     names = ("ResNet", "RegNet", "MobileNetV1", "MobileNetV2", "EfficientNet", "ConvNext", "ConvNextV2")
-    return {f"transformers {name}": ((lambda name=name: Logits(name)), IMAGE) for name in names}
+    return {f"transformers {name}": (partial(build_network, f"transformers:{name}"), IMAGE) for name in names}
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -283,9 +274,9 @@ network, evenly spread, were tried.
 def measure(name: str, model: nn.Module, example: Tensor) -> tuple[str, list[str]]:
     """Return the row of a network, and a line for each reason to protect groups of it."""
     began = perf_counter()
-    report = inspect_network(model, example)
-    seconds = perf_counter() - began
     groups = find_groups(model, example)
+    seconds = perf_counter() - began
+    report = describe_network(model, groups, example)
     free = [group for group in groups if group.protected is None]
     removal = halve(free)
     change = (

@@ -10,7 +10,8 @@ from torch import nn
 from chanscale.coupling import couple_channels
 from chanscale.errors import EmptySelectionError, UnsupportedTopologyError
 from chanscale.inspection import inspect_network
-from chanscale.proof import ROUNDING, find_groups, halve, relative_change, remove_coupled, run_masked
+from chanscale.proof import find_groups, halve, relative_change, remove_coupled, run_masked
+from chanscale.pruning import ROUNDING
 from networks import same_tensors
 
 NETWORKS = {name: network for name, network in own_networks().items() if name != "VGG16"}

@@ -17,7 +17,7 @@ from chanscale.attaching import attach_scales
 from chanscale.backbones import BACKBONES, Preprocessing, build_backbone
 from chanscale.channels import output_width
 from chanscale.classifier import Classifier, to_channels_last
-from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError
+from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError, one_line
 from chanscale.files import write_atomically
 from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
@@ -74,7 +74,7 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
         model = rebuild(info, trunk=trunk)
         model.load_state_dict(tensors, assign=True)
     except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ArtifactError(f"{path} does not fit {info.backbone!r}: {reason}") from error
     return to_channels_last(model).requires_grad_(False).eval(), info
 

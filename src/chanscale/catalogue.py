@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from chanscale.backbones import BACKBONES, find_backbone
-from chanscale.errors import ConfigError
+from chanscale.backbones import BACKBONES, build_backbone
+from chanscale.channels import output_width
+from chanscale.errors import ConfigError, one_line
 
 Build = Callable[[ModuleType, str, int, int], nn.Module]
 """Makes a network of a library: (library, name, dimensions, input channels) -> a classifier of two classes."""
@@ -36,15 +37,13 @@ def build_network(name: str, *, dimensions: int = 2, channels: int = 3) -> nn.Mo
     try:
         return SOURCES[library](module, network, dimensions, channels)
     except Exception as error:  # whatever a library raises for a name it does not know
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = one_line(error)[:150]
         raise ConfigError(f"{library} does not build {network!r}: {reason}") from error
 
 
 def _with_head(name: str) -> nn.Module:
-    backbone = find_backbone(name)
-    trunk = backbone.build()
-    width = [module for module in trunk.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
-    return nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
+    trunk = build_backbone(name)
+    return nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(output_width(trunk), 2))
 
 
 def _monai(library: ModuleType, network: str, dimensions: int, channels: int) -> nn.Module:

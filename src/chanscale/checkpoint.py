@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from chanscale.artifact import ModelInfo, read_tensors, rebuild, write_tensors
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
-from chanscale.errors import ArtifactError, ChanscaleError
+from chanscale.errors import ArtifactError, ChanscaleError, one_line
 from chanscale.state import Best, TrainingState, make_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -45,7 +45,7 @@ def load_checkpoint(
         info, story, notes = (metadata[key] for key in ("info", "story", "notes"))
         return _restore_state(tensors, info, story, config, trunk), notes
     except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ArtifactError(
             f"cannot resume from {path} ({reason}); delete its folder and fit again"
         ) from error

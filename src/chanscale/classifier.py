@@ -1,6 +1,5 @@
 """The network as a whole: pixels in, logits out."""
 
-import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanscale.errors import ConfigError, ModelError
+from chanscale.errors import ConfigError, ModelError, one_line
 from chanscale.heads import PooledHead
+from chanscale.modes import in_eval
 
 
 class Classifier(nn.Module):
@@ -48,11 +48,11 @@ def to_channels_last(model: Classifier) -> Classifier:
 @torch.no_grad()
 def require_features(model: Classifier, images: Tensor) -> None:
     """Raise ModelError unless the trunk of `model` makes a feature map (N, C, h, w) of `images` (N, C, H, W)."""
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     try:
-        features: object = twin.eval().feature_map(images)
+        with in_eval(model):
+            features: object = model.feature_map(images)
     except Exception as error:  # whatever the user's trunk raises
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ModelError(
             f"the network does not run on images of {tuple(images.shape[1:])}: {reason}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from chanscale.errors import ConfigError
+from chanscale.errors import ConfigError, one_line
 
 CostKind = Literal["parameters", "macs"]
 Penalty = Literal["proximal", "gradient"]
@@ -155,9 +155,7 @@ class FitConfig(BaseModel):
         try:
             options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"cannot read the configuration {path}: {' '.join(str(error).split())}"
-            ) from error
+            raise ConfigError(f"cannot read the configuration {path}: {one_line(error)}") from error
         if not isinstance(options, dict):
             raise ConfigError(f"{path} must hold `option: value` lines, got a {type(options).__name__}")
         return cls.build(options | (overrides or {}))

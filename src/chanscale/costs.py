@@ -1,12 +1,16 @@
 """What channels cost: parameters and multiply-accumulates of the convolutions, as a function of the widths."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from chanscale.channels import ChannelGroup
+from chanscale.modes import in_eval
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 
 Widths = Mapping[str, int]
 """Channels kept in each group, by the group's name."""
@@ -66,7 +70,7 @@ class TrunkCost:
 def trunk_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Tensor) -> TrunkCost:
     """Cost the convolutions of `model`, whose output sizes are measured on `example` (N, C, H, W)."""
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    positions = _output_positions(model, convolutions, example)
+    positions = count_positions(model, convolutions, example)
     sources = {consumer: group.name for group in groups for consumer in group.consumers}
     return TrunkCost(
         tuple(
@@ -85,23 +89,24 @@ def trunk_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Tens
     )
 
 
-def _output_positions(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> dict[str, int]:
+@torch.no_grad()
+def count_positions(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> dict[str, int]:
+    """Return how often, for one image of `example` (N, C, *), each layer that is called applies its weights."""
     positions: dict[str, int] = {}
 
-    def record(name: str) -> object:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            positions[name] = output[0, 0].numel()
+    def count(name: str) -> Hook:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            counted = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+            width = counted.shape[-1] if isinstance(layer, nn.Linear) else counted.shape[1]
+            positions[name] = positions.get(name, 0) + counted.numel() // (width * len(counted))
 
-        return layers[name].register_forward_hook(hook)
+        return hook
 
-    hooks = [record(name) for name in layers]
-    modes = {module: module.training for module in model.modules()}
+    handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with in_eval(model):
+            model(example)
     finally:
-        for module, training in modes.items():
-            module.training = training
-        for hook in hooks:
-            hook.remove()  # type: ignore[attr-defined]
+        for handle in handles:
+            handle.remove()
     return positions

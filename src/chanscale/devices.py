@@ -8,7 +8,7 @@ from lightning_fabric import Fabric
 from torch.nn import functional as F
 
 from chanscale.config import FitConfig, FixedPrecision
-from chanscale.errors import ConfigError
+from chanscale.errors import ConfigError, one_line
 
 
 def make_fabric(config: FitConfig) -> Fabric:
@@ -17,7 +17,7 @@ def make_fabric(config: FitConfig) -> Fabric:
     try:
         return Fabric(accelerator=config.device, devices=1, precision=precision)
     except Exception as error:  # Fabric raises whatever its plugin for the device raises
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"device={config.device!r} cannot be used ({reason}); use --device cpu") from error
 
 

@@ -73,3 +73,8 @@ class TrainingError(ChanscaleError):
 
 class ArtifactError(ChanscaleError):
     """A run folder or a model file is missing, foreign or damaged."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error's words without line breaks, or its kind when it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,14 +1,13 @@
 """What could be removed from a network, before anything is trained: a row for each group of channels."""
 
-import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
+from chanscale.costs import count_positions
 from chanscale.coupling import CoupledGroup
 from chanscale.proof import find_groups
 from chanscale.slicing import INPUT_WIDTHS, OUTPUT_WIDTHS
@@ -49,8 +48,15 @@ def inspect_network(model: nn.Module, example: Tensor) -> NetworkReport:
 
     Raises UnsupportedTopologyError when the model cannot be traced.
     """
-    groups = find_groups(model, example)
-    positions = _count_positions(model, example)
+    return describe_network(model, find_groups(model, example), example)
+
+
+def describe_network(model: nn.Module, groups: Sequence[CoupledGroup], example: Tensor) -> NetworkReport:
+    """Say what each of the `groups` of `model` holds."""
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))
+    }
+    positions = count_positions(model, layers, example)
     return NetworkReport(
         groups=tuple(_report(model, group, positions) for group in groups),
         conv_parameters=sum(conv.weight.numel() for _, conv in _convolutions(model)),
@@ -96,24 +102,3 @@ def _count_prunable(model: nn.Module, groups: Iterable[CoupledGroup]) -> int:
 
 def _convolutions(model: nn.Module) -> Sequence[tuple[str, _ConvNd]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
-
-
-@torch.no_grad()
-def _count_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Return how often, for one image, each convolution or linear layer applies its weights."""
-    counts: dict[str, int] = defaultdict(int)
-    twin = copy.deepcopy(model).eval()
-    for name, module in twin.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            module.register_forward_hook(_counter(counts, name))
-    twin(example)
-    return counts
-
-
-def _counter(counts: dict[str, int], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counted = inputs[0] if isinstance(module, _ConvTransposeNd) else output
-        width = counted.shape[-1] if isinstance(module, nn.Linear) else counted.shape[1]
-        counts[name] += counted.numel() // (width * len(counted))
-
-    return hook

@@ -144,7 +144,8 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
 
 
 def _open(path: Path, config: FitConfig) -> ImageSet:
-    images = open_images(path, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
+    open_as = partial(open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
+    images = open_as()
     if config.positive is None:
         return images
     others = tuple(name for name in images.classes if name != config.positive)
@@ -152,12 +153,7 @@ def _open(path: Path, config: FitConfig) -> ImageSet:
         raise ConfigError(
             f"positive={config.positive!r} must be one of two classes; have {', '.join(images.classes)}"
         )
-    return open_images(
-        path,
-        group_pattern=config.group_pattern,
-        classes=(*others, config.positive),
-        skip_bad=config.skip_bad,
-    )
+    return open_as(classes=(*others, config.positive))
 
 
 def build_classifier(

@@ -38,8 +38,7 @@ class _MaxPool(torch.autograd.Function):
             x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, return_indices=True
         )
         offsets = winners - _corners(output, x, pool)
-        # Within a window, positions differ by little more than (kernel - 1) * width: that nearly always fits.
-        small = int(offsets.abs().max()) <= torch.iinfo(torch.int16).max
+        small = _largest_offset(x, pool) <= torch.iinfo(torch.int16).max
         ctx.save_for_backward(offsets.to(torch.int16 if small else torch.int32))
         ctx.pool, ctx.shape = pool, x.shape
         return output
@@ -68,6 +67,12 @@ def _corners(output: Tensor, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
     tops = torch.arange(rows, device=x.device) * down - above
     lefts = torch.arange(columns, device=x.device) * right - left
     return tops[:, None] * x.shape[3] + lefts
+
+
+def _largest_offset(x: Tensor, pool: nn.MaxPool2d) -> int:
+    """Return how far the last pixel of a window lies behind its first, in a row-major map of `x`."""
+    (rows, columns), (down, right) = _pair(pool.kernel_size), _pair(pool.dilation)
+    return (rows - 1) * down * x.shape[3] + (columns - 1) * right
 
 
 def _pair(size: int | tuple[int, ...]) -> list[int]:

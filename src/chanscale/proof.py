@@ -8,19 +8,15 @@ removed; a group whose pruned network does not say what the masked one says is p
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from chanscale.attaching import Model
 from chanscale.coupling import CoupledGroup, couple_channels
-from chanscale.errors import EmptySelectionError
+from chanscale.errors import EmptySelectionError, one_line
+from chanscale.pruning import ROUNDING
 from chanscale.slicing import INPUT_WIDTHS, OUTPUT_WIDTHS, keep_inputs, keep_outputs
-
-Model = TypeVar("Model", bound=nn.Module)
-
-ROUNDING = 1e-8
-"""Largest difference that is rounding, relative to the largest output, in fp64."""
 
 Removal = Mapping[str, Sequence[int]]
 """The channels to remove of each group, by its name."""
@@ -35,12 +31,9 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[CoupledGroup, ...]:
     # In fp64, so that rounding cannot be taken for a difference, nor a small one for rounding.
     reference, inputs = copy.deepcopy(model).cpu().double().eval(), example.detach().cpu().double()
     open_groups = [group for group in groups if group.protected is None and group.width > 1]
-    inexact = _find_inexact(reference, open_groups, inputs)
-    alone = {group.name: "it has one channel" for group in groups if group.width == 1}
-    return tuple(
-        group.protect((inexact | alone)[group.name]) if group.name in inexact | alone else group
-        for group in groups
-    )
+    reasons = _find_inexact(reference, open_groups, inputs)
+    reasons |= {group.name: "it has one channel" for group in groups if group.width == 1}
+    return tuple(group.protect(reasons[group.name]) if group.name in reasons else group for group in groups)
 
 
 def _find_inexact(model: nn.Module, groups: Sequence[CoupledGroup], example: Tensor) -> dict[str, str]:
@@ -77,7 +70,7 @@ def compare(
     try:
         got = remove_coupled(model, groups, removal)(example)
     except Exception as error:  # whatever a forward that counts on the old widths raises
-        return f"the network does not run without them ({' '.join(str(error).split())[:120]})"
+        return f"the network does not run without them ({one_line(error)[:120]})"
     difference = relative_change(wanted, got)
     return None if difference <= ROUNDING else f"removal changes the output by {difference:.1e} of its size"
 

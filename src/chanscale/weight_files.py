@@ -18,9 +18,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from chanscale.errors import WeightsError
+from chanscale.errors import WeightsError, one_line
 from chanscale.files import is_file
-from chanscale.weight_sources import one_line
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The name of a tensor -> its shape; a convolution's is (out, in, height, width)."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from chanscale.errors import WeightsError
+from chanscale.errors import WeightsError, one_line
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being fetched, bytes done, bytes in all)."""
@@ -154,8 +154,3 @@ def _complaint(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines or ["it gave no reason"])[-1].strip()
-
-
-def one_line(error: BaseException) -> str:
-    """Return the error's words without line breaks, or its kind when it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -25,10 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from chanscale.backbones import BACKBONES, Backbone, find_backbone
-from chanscale.errors import DigestError, WeightsError
+from chanscale.errors import DigestError, WeightsError, one_line
 from chanscale.files import exists, is_file
 from chanscale.weight_files import read_tensors
-from chanscale.weight_sources import Progress, Source, one_line
+from chanscale.weight_sources import Progress, Source
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from chanscale.errors import UnreadableImageError
+from chanscale.errors import UnreadableImageError, one_line
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 FULL_RANGE = 65535
@@ -150,8 +150,7 @@ def _decode_wide_png(image: Image.Image, data: bytes) -> NDArray[np.generic]:
     import imagecodecs  # here, since few images need it
 
     colours = _drop_opaque_alpha(np.asarray(imagecodecs.png_decode(data)))
-    orientation = image.getexif().get(_TIFF_ORIENTATION)
-    return _UPRIGHT[orientation](colours) if orientation in _UPRIGHT else colours
+    return _turn_upright(colours, image.getexif().get(_TIFF_ORIENTATION))
 
 
 def _decode_wide_tiff(data: bytes) -> NDArray[np.generic]:
@@ -168,8 +167,11 @@ def _decode_wide_tiff(data: bytes) -> NDArray[np.generic]:
             f"{_WANTED}, got a TIFF of photometric {page.photometric!r}, shape {array.shape}, "
             f"{array.dtype}. Convert it to grey or RGB."
         )
-    colours = _drop_opaque_alpha(array)
-    return _UPRIGHT[orientation](colours) if orientation in _UPRIGHT else colours
+    return _turn_upright(_drop_opaque_alpha(array), orientation)
+
+
+def _turn_upright(array: NDArray[np.generic], orientation: int | None) -> NDArray[np.generic]:
+    return _UPRIGHT[orientation](array) if orientation in _UPRIGHT else array
 
 
 def _drop_opaque_alpha(array: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -218,4 +220,4 @@ def _explain(error: Exception) -> str:
         return "got something else, whatever the name says. Convert it, or remove it."
     if isinstance(error, OSError) and error.strerror:
         return f"got none: {error.strerror}."
-    return f"got one that cannot be decoded ({' '.join(str(error).split())}). Get it again, or remove it."
+    return f"got one that cannot be decoded ({one_line(error)}). Get it again, or remove it."

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chanscale.data.images import IMAGE_SUFFIXES
 from chanscale.data.listing import list_folders, list_images
-from chanscale.errors import DataError
+from chanscale.errors import DataError, one_line
 from chanscale.files import is_file
 
 Side = Literal["train", "validation", "test"]
@@ -82,7 +82,7 @@ def _read_table(table: Path) -> list[Row]:
             columns = {name.strip().lower() for name in reader.fieldnames or () if name}
             cells = [(reader.line_num, _clean(row)) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the table {table}: {' '.join(str(error).split())}") from error
+        raise DataError(f"cannot read the table {table}: {one_line(error)}") from error
     if not {"path", "label"} <= columns:
         raise DataError(
             f"{table} must have the columns path and label (and may have group and split), "
@@ -127,7 +127,7 @@ def _read_npz(source: Path) -> list[Row]:
             arrays = {key: content[key] for key in content.files if key.partition("_")[0] in SPLIT_WORDS}
     # A damaged archive raises nearly anything: BadZipFile, zlib.error, EOFError, NotImplementedError ...
     except Exception as error:
-        raise DataError(f"cannot read the arrays of {source}: {' '.join(str(error).split())}") from error
+        raise DataError(f"cannot read the arrays of {source}: {one_line(error)}") from error
     words = [word for word in SPLIT_WORDS if f"{word}_images" in arrays]
     if not words:
         raise DataError(f"{source} must have MedMNIST's keys, such as train_images and train_labels.")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chanscale.data.readers import Side
 from chanscale.data.sources import ImageSet
-from chanscale.errors import ArtifactError, SplitError
+from chanscale.errors import ArtifactError, SplitError, one_line
 from chanscale.files import write_atomically
 
 SIDES: tuple[Side, ...] = ("train", "validation", "test")
@@ -205,7 +205,7 @@ def _read_rows(path: Path) -> dict[str, dict[str, str]]:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error) as error:
-        raise ArtifactError(f"cannot read the split {path}: {' '.join(str(error).split())}") from error
+        raise ArtifactError(f"cannot read the split {path}: {one_line(error)}") from error
     if not rows or not all(set(_COLUMNS) <= row.keys() and row["split"] in SIDES for row in rows):
         raise ArtifactError(
             f"{path} must have the columns {', '.join(_COLUMNS)}, "
