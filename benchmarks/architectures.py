@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from chanscale.catalogue import build_network
-from chanscale.coupling import CoupledGroup
+from chanscale.channels import ChannelGroup
 from chanscale.errors import UnsupportedTopologyError
 from chanscale.files import write_atomically
 from chanscale.inspection import describe_network
-from chanscale.proof import find_groups, halve, relative_change, remove_coupled, run_masked
+from chanscale.proof import channel_groups, halve, relative_change, remove_coupled, run_masked
 
 Architecture = tuple[Callable[[], nn.Module], tuple[int, ...]]
 """How a network is built, and the shape of an example."""
@@ -129,7 +129,7 @@ def own_networks() -> dict[str, Architecture]:
             pre_activate, 16, stem=nn.Conv2d(3, 16, 3, padding=1), norm1=nn.BatchNorm2d(16), norm2=nn.BatchNorm2d(16),
             first=nn.Conv2d(16, 16, 3, padding=1), second=nn.Conv2d(16, 16, 3, padding=1), norm3=nn.BatchNorm2d(16),
         ),
-        "functional": make(functional, 12, first=nn.Conv2d(3, 16, 3), second=nn.Conv2d(16, 12, 3)),
+        "functions": make(functional, 12, first=nn.Conv2d(3, 16, 3), second=nn.Conv2d(16, 12, 3)),
         "PReLU, dilated, strided": make(
             lambda net, x: net.head(net.body(net.stem(x))), 12, stem=nn.Sequential(conv(3, 16, stride=2), nn.PReLU(16)),
             body=nn.Sequential(nn.Conv2d(16, 12, 3, dilation=2), nn.BatchNorm2d(12), nn.PReLU()),
@@ -274,7 +274,7 @@ network, evenly spread, were tried.
 def measure(name: str, model: nn.Module, example: Tensor) -> tuple[str, list[str]]:
     """Return the row of a network, and a line for each reason to protect groups of it."""
     began = perf_counter()
-    groups = find_groups(model, example)
+    groups = channel_groups(model, example)
     seconds = perf_counter() - began
     report = describe_network(model, groups, example)
     free = [group for group in groups if group.protected is None]
@@ -309,7 +309,7 @@ def measure(name: str, model: nn.Module, example: Tensor) -> tuple[str, list[str
     ]
 
 
-def count_wrong(model: nn.Module, groups: tuple[CoupledGroup, ...], example: Tensor) -> str:
+def count_wrong(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Tensor) -> str:
     """Return how many groups Torch-Pruning, left alone, does not remove exactly, of how many that were tried."""
     import torch_pruning as tp
 
@@ -324,7 +324,8 @@ def count_wrong(model: nn.Module, groups: tuple[CoupledGroup, ...], example: Ten
             with torch.enable_grad():
                 graph = tp.DependencyGraph().build_dependency(twin, example, verbose=False)
             prune = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, prune, removal[group.name]).prune()
+            gone = sorted(set(range(group.width)) - set(removal[group.name].tolist()))
+            graph.get_pruning_group(layer, prune, gone).prune()
             got = twin(example)
         except Exception:
             wrong += 1

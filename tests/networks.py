@@ -1,17 +1,23 @@
-"""Small VGG-shaped networks with random weights, and what the tests of the method do with them."""
+"""Small networks with random weights, and what the tests of the method do with them."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from architectures import own_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from chanscale.artifact import ModelInfo, assemble
+from chanscale.artifact import ModelInfo
+from chanscale.attaching import attach_scales
 from chanscale.backbones import Preprocessing
-from chanscale.channels import channel_groups
-from chanscale.classifier import Classifier
-from chanscale.selection import ChannelSelection, scale_parameters
+from chanscale.channels import carry_groups, free_groups, removed_positions
+from chanscale.classifier import Classifier, assemble
+from chanscale.proof import channel_groups
+from chanscale.selection import ChannelSelection
 
 PREPROCESSING = Preprocessing(scale=2.0, mean=(0.9, 1.0, 1.1), std=(0.5, 0.6, 0.7))
 
@@ -131,21 +137,52 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
 }
 """Networks from pixels to a feature map."""
 
-NETWORKS = TRUNKS | {"flatten": FlattenNet, "pool and flatten": pooled_net}
-"""All, in eval with `build`; for images (N, 3, 16, 16)."""
+SHAPES = dict.fromkeys(TRUNKS | {"flatten": FlattenNet, "pool and flatten": pooled_net}, (4, 3, 16, 16))
+NASTY = {name: made for name, made in own_networks().items() if name != "VGG16"}
+ALL_PROTECTED = ("split and concatenate", "grouped convolution")
+
+NETWORKS = (
+    TRUNKS
+    | {"flatten": FlattenNet, "pool and flatten": pooled_net}
+    | {name: make for name, (make, _) in NASTY.items() if name not in ALL_PROTECTED}
+)
+"""All that have something to remove; in eval with `build`, for the images that `inputs` draws."""
 
 
 def build(name: str) -> nn.Module:
-    """Return a network of the table in eval mode, with random weights, biases and norm statistics."""
-    return randomise(NETWORKS[name]()).eval()
+    """Return a network of the table in eval mode, with random weights, biases and norm statistics.
+
+    It carries its groups.
+    """
+    return know_groups(randomise(copy.deepcopy(NETWORKS[name]())).eval(), inputs(name))
+
+
+def inputs(name: str) -> Tensor:
+    """Return random images in [0, 1] for the network called `name`."""
+    return torch.rand(SHAPES.get(name) or NASTY[name][1])
+
+
+def know_groups(model: nn.Module, example: Tensor | None = None) -> nn.Module:
+    """Let `model` carry its groups; return it."""
+    return carry_groups(model, channel_groups(model, images() if example is None else example))
+
+
+def attach(model: nn.Module, example: Tensor | None = None) -> nn.Module:
+    """Return a scaled copy of `model`."""
+    return attach_scales(model, channel_groups(model, images() if example is None else example))
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """Return the width of each group of `model` that can lose channels."""
+    return {group.name: group.width for group in free_groups(model)}
 
 
 def randomise(model: nn.Module) -> nn.Module:
     """Draw, in place, what starts at 0 or 1: a law must not hold by chance."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        if isinstance(module, _ConvNd | nn.Linear) and module.bias is not None:
             nn.init.normal_(module.bias, std=0.3)
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             if module.affine:
@@ -161,21 +198,26 @@ def images(count: int = 4, side: int = 16) -> Tensor:
 
 @torch.no_grad()
 def set_scales(model: nn.Module, *, zeros: float = 0.4) -> ChannelSelection:
-    """Give `model` scales of both signs, a share of them exactly 0; return the channels that are not."""
+    """Give `model` scales of both signs, those of a share of the channels exactly 0; return the other channels."""
     kept = {}
-    for name, scale in scale_parameters(model, channel_groups(model)).items():
-        scale.copy_(torch.rand(len(scale)) + 0.5).mul_(torch.rand(len(scale)).sub(0.3).sign())
-        scale[torch.randperm(len(scale))[: max(1, int(zeros * len(scale)))]] = 0
-        kept[name] = scale.nonzero().flatten()
+    for group in free_groups(model):
+        gone = torch.randperm(group.width)[: max(1, int(zeros * group.width))].tolist()
+        kept[group.name] = torch.tensor([c for c in range(group.width) if c not in gone])
+        for site in group.sites:
+            scale = model.get_submodule(site.layer).channel_scale.weight
+            places = torch.tensor(site.positions)
+            scale[places] = (torch.rand(len(places)) + 0.5) * torch.rand(len(places)).sub(0.3).sign()
+            scale[list(site.holding(gone))] = 0
     return ChannelSelection(kept)
 
 
 def build_classifier(trunk: nn.Module | None = None, classes=("no", "yes")) -> Classifier:
     """Return a classifier on `trunk` whose head has weights and statistics that are not trivial."""
-    model = assemble(PREPROCESSING, randomise(plain_trunk()) if trunk is None else trunk, classes=classes)
+    trunk = randomise(plain_trunk()) if trunk is None else trunk
+    model = assemble(PREPROCESSING, trunk, images(2, 32), classes=classes)
     nn.init.normal_(model.head.linear.weight)
     nn.init.normal_(model.head.linear.bias)
-    return renew_statistics(model)
+    return know_groups(renew_statistics(model), images(2, 32))
 
 
 @torch.no_grad()
@@ -192,7 +234,7 @@ def describe(model: Classifier, kept: dict[str, Tensor], *, backbone: str = "cus
         classes=model.classes,
         kept={name: indices.tolist() for name, indices in kept.items()},
         preprocessing=model.preprocessing.to_dict(),
-        image_size=16,
+        image_size=32,
         channels=3,
     )
 
@@ -211,18 +253,25 @@ def same_tensors(got: nn.Module, wanted: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def require_slices(pruned, original, kept):
-    """Check that every weight of a convolution or norm, and every statistic, is a bit-exact slice."""
-    inputs = {consumer: g.name for g in channel_groups(original) for consumer in g.consumers}
-    outputs = {layer: g.name for g in channel_groups(original) for layer in (g.name, *g.norms)}
+def require_slices(pruned: nn.Module, original: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Check that every weight, and every statistic of a norm, is a bit-exact slice of the original's."""
+    gone = removed_positions(free_groups(original), kept)
     for name, module in original.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            slim = dict(pruned.get_submodule(name).named_parameters(recurse=False))
-            slim |= dict(pruned.get_submodule(name).named_buffers(recurse=False))
-            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                wanted = tensor
-                if name in outputs and tensor.dim() > 0:
-                    wanted = wanted[kept[outputs[name]]]
-                if name in inputs and tensor.dim() == 4:
-                    wanted = wanted[:, kept[inputs[name]]]
-                assert torch.equal(slim[key], wanted), f"{name}.{key}"
+        if isinstance(module, _ConvNd | _BatchNorm):
+            slim = pruned.get_submodule(name)
+            tensors = dict(slim.named_parameters(recurse=False)) | dict(slim.named_buffers(recurse=False))
+            for key, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
+                wanted = without(tensor, 0, gone.get(("outputs", name), ()))
+                if tensor.dim() > 1:
+                    wanted = without(wanted, 1, gone.get(("inputs", name), ()))
+                assert torch.equal(tensors[key], wanted), f"{name}.{key}"
+
+
+def without(tensor: Tensor, dim: int, gone: tuple[int, ...]) -> Tensor:
+    """Return `tensor` without the slices at `gone` along `dim`."""
+    if tensor.dim() == 0:
+        return tensor
+    return tensor.index_select(dim, torch.tensor([i for i in range(tensor.shape[dim]) if i not in gone]))

@@ -4,39 +4,51 @@ import pytest
 import torch
 from torch import nn
 
-from chanscale.attaching import attach_scales, merge_scales, replace_module, scale_weight
-from chanscale.channels import channel_groups
+from chanscale.attaching import merge_scales, scale_weight
+from chanscale.channels import free_groups
 from chanscale.errors import ModelError
-from chanscale.selection import scale_parameters
-from networks import NETWORKS, build, build_classifier, images, plain_trunk, same_tensors, set_scales
+from chanscale.group_scales import GroupScales, scale_parameters
+from networks import (
+    NETWORKS,
+    attach,
+    build,
+    build_classifier,
+    images,
+    inputs,
+    plain_trunk,
+    randomise,
+    same_tensors,
+    set_scales,
+    widths_of,
+)
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 @every_network
-def test_every_group_gets_one_scale_of_ones_and_they_alone_are_trained(name):
+def test_every_site_gets_a_scale_of_ones_and_they_alone_are_trained(name):
     original = build(name)
-    scaled = attach_scales(original)
-    scales = scale_parameters(scaled, channel_groups(scaled))
-    assert {n: len(scale) for n, scale in scales.items()} == {
-        g.name: g.width for g in channel_groups(original)
-    }
+    scaled = attach(original)
+    scales = scale_parameters(scaled)
+    assert set(scales) == {site.layer for group in free_groups(original) for site in group.sites}
+    assert set(GroupScales(scaled).widths.items()) == set(widths_of(original).items())
     assert all((scale == 1).all() and scale.dtype == torch.float32 for scale in scales.values())
-    linear = {id(p) for layer in scaled.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
+    others = (nn.Linear, nn.PReLU, nn.GroupNorm)
+    linear = {id(p) for layer in scaled.modules() if isinstance(layer, others) for p in layer.parameters()}
     trainable = {id(parameter) for parameter in scaled.parameters() if parameter.requires_grad}
     assert trainable == {id(scale) for scale in scales.values()} | linear
 
 
 @every_network
-@pytest.mark.parametrize("transform", [attach_scales, merge_scales])
+@pytest.mark.parametrize("transform", [attach, merge_scales])
 def test_the_original_is_left_as_it_was(name, transform):
     model = build(name)
     if transform is merge_scales:
-        model = attach_scales(model)
+        model = attach(model)
         set_scales(model)
     before, layers = copy.deepcopy(model), list(model.modules())
     with torch.no_grad():
-        transform(model)(images())
+        transform(model)(inputs(name))
     assert same_tensors(model, before)
     assert list(model.modules()) == layers
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
@@ -44,13 +56,13 @@ def test_the_original_is_left_as_it_was(name, transform):
 
 def test_frozen_weights_are_shared_and_the_head_is_copied():
     model = build_classifier(plain_trunk())
-    scaled = attach_scales(model)
+    scaled = attach(model)
     assert scaled.trunk[0].weight.data_ptr() == model.trunk[0].weight.data_ptr()
     assert scaled.head.linear.weight.data_ptr() != model.head.linear.weight.data_ptr()
 
 
 def test_merged_weights_are_not_shared():
-    scaled = attach_scales(plain_trunk())
+    scaled = attach(plain_trunk())
     merged = merge_scales(scaled)
     assert all(p.data_ptr() != q.data_ptr() for p in merged.parameters() for q in scaled.parameters())
 
@@ -58,16 +70,16 @@ def test_merged_weights_are_not_shared():
 def test_scales_are_attached_once_and_merged_once():
     model = plain_trunk()
     with pytest.raises(ModelError, match="merge_scales takes them out"):
-        attach_scales(attach_scales(model))
+        attach(attach(model))
     with pytest.raises(ModelError, match="no channel scales to merge"):
         merge_scales(model)
     with pytest.raises(ModelError, match="no channel scales to merge"):
-        merge_scales(merge_scales(attach_scales(model)))
+        merge_scales(merge_scales(attach(model)))
 
 
 def test_scales_are_attached_again_after_a_merge():
     model, x = plain_trunk(), images()
-    again = attach_scales(merge_scales(attach_scales(model)))
+    again = attach(merge_scales(attach(model)))
     with torch.no_grad():
         assert torch.equal(again(x), model(x))  # scales of 1: nothing was rounded
 
@@ -78,9 +90,32 @@ def test_a_weight_is_scaled_by_output_channel():
     assert torch.equal(scale_weight(torch.ones(3), scale), scale)
 
 
-def test_a_module_is_replaced_under_every_name_it_has():
-    relu = nn.ReLU()
-    model = nn.Sequential(relu, nn.Sequential(relu))
-    replace_module(model, "1.0", nn.Identity())
-    assert isinstance(model[0], nn.Identity)
-    assert model[0] is model[1][0]
+def test_hooks_of_the_user_stay_and_run_before_the_scale():
+    model, seen = plain_trunk(), []
+    model[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output))
+    scaled = attach(model)
+    scaled[0].channel_scale.weight.data.mul_(2)
+    seen.clear()
+    with torch.no_grad():
+        out = scaled[0](images())
+        assert torch.equal(out, (seen[0] * 2).relu())
+        merge_scales(scaled)(images())
+    assert len(seen) == 2
+
+
+class ShiftedNorm(nn.BatchNorm2d):
+    """A norm of the user's own that does more than scale and shift."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@torch.no_grad()
+def test_a_layer_of_its_own_class_keeps_its_scale_behind_it_when_merged():
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), ShiftedNorm(8), nn.Conv2d(8, 4, 3))).eval()
+    scaled = attach(model)
+    set_scales(scaled)
+    merged, x = merge_scales(scaled), images()
+    torch.testing.assert_close(merged(x), scaled(x))
+    assert type(merged[1]) is ShiftedNorm
+    assert torch.equal(attach(model).train()(x), model(x))  # it stays in eval

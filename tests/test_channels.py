@@ -1,151 +1,161 @@
+"""What groups say, and what they say once channels are gone."""
+
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from chanscale.attaching import attach_scales
-from chanscale.channels import ChannelGroup, channel_groups, output_width
-from chanscale.errors import UnsupportedTopologyError
-from networks import build, build_classifier, nested_trunk, norm_trunk, plain_trunk
+from chanscale.channels import (
+    ChannelGroup,
+    ScaleSite,
+    Slot,
+    carried_groups,
+    free_groups,
+    removed_positions,
+    shrink_groups,
+)
+from chanscale.errors import ModelError, UnsupportedTopologyError
+from chanscale.proof import channel_groups
+from chanscale.pruning import prune_channels
+from chanscale.selection import ChannelSelection
+from networks import (
+    NETWORKS,
+    attach,
+    build,
+    build_classifier,
+    images,
+    inputs,
+    nested_trunk,
+    norm_trunk,
+    plain_trunk,
+    set_scales,
+    widths_of,
+)
 
 
-def convolution(inputs=4, outputs=4, **options):
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
-
-
-class Network(nn.Module):
-    """Two convolutions, `first` and `second`, called by a rule."""
-
-    def __init__(self, rule):
-        super().__init__()
-        self.first, self.second = convolution(3), convolution()
-        self.rule = rule
-
-    def forward(self, x):
-        return self.rule(self, x)
-
-
-def depend_on_the_values(net, x):
-    x = net.first(x)
-    return net.second(x) if x.sum() > 0 else x
-
-
-def loop_over_the_batch(net, x):
-    return torch.stack([net.second(net.first(image)) for image in x])
-
-
-class HalvedReLU(nn.ReLU):
-    def forward(self, x):
-        return super().forward(x) - 0.5
-
-
-class OwnConv2d(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x).flip(1)
-
-
-def parametrised():
-    return nn.Sequential(convolution(3), parametrizations.weight_norm(convolution()), convolution())
-
-
-def shared_weight():
-    shared = convolution()
-    return nn.Sequential(convolution(3), shared, nn.ReLU(), shared)
-
-
-# Each with the layer that the error must name.
-UNSUPPORTED = {
-    "residual add": ("'first'", lambda: Network(lambda net, x: (y := net.first(x)) + net.second(y))),
-    "residual add in place": ("'first'", lambda: Network(lambda net, x: net.second(y := net.first(x)).add_(y))),
-    "concat": ("'first'", lambda: Network(lambda net, x: torch.cat([y := net.first(x), net.second(y)], 1))),
-    "add of the input": ("'second'", lambda: Network(lambda net, x: net.second(net.first(x)) + x)),
-    "grouped": ("'1'", lambda: nn.Sequential(convolution(3), convolution(groups=2), convolution())),
-    "depthwise": ("'1'", lambda: nn.Sequential(convolution(3), convolution(groups=4), convolution())),
-    "sigmoid": ("'1'", lambda: nn.Sequential(convolution(3), nn.Sigmoid(), convolution())),
-    "functional sigmoid": ("'first'", lambda: Network(lambda net, x: net.second(net.first(x).sigmoid()))),
-    "softmax over channels": ("'1'", lambda: nn.Sequential(convolution(3), nn.Softmax(1), convolution())),
-    "group norm": ("'1'", lambda: nn.Sequential(convolution(3), nn.GroupNorm(2, 4), convolution())),
-    "bias after a conv": ("'first'", lambda: Network(lambda net, x: net.second(net.first(x) + 1))),
-    "squeeze and excite": ("'first'", lambda: Network(lambda net, x: net.second((y := net.first(x)) * y.mean()))),
-    "pixel shuffle": ("'1'", lambda: nn.Sequential(convolution(3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))),
-    "transposed": ("'1'", lambda: nn.Sequential(convolution(3), nn.ConvTranspose2d(4, 4, 3), convolution())),
-    "used twice": ("'second'", lambda: Network(lambda net, x: net.second(net.second(net.first(x))))),
-    "the same layer at two places": ("'1'", shared_weight),
-    "a ReLU of the user's own": ("'0'", lambda: nn.Sequential(convolution(3), HalvedReLU(), convolution())),
-    "a convolution of the user's own": ("'0'", lambda: nn.Sequential(OwnConv2d(3, 4, 3), convolution())),
-    "a tensor of its own": ("'first'", lambda: Network(lambda net, x: net.second(net.first(x) * net.first.bias.sum()))),
-    "reparametrised": ("'1'", parametrised),
-    "flatten over images": ("'1'", lambda: nn.Sequential(convolution(3), nn.Flatten(0), nn.Linear(4, 2))),
-    "linear over columns": ("'1'", lambda: nn.Sequential(convolution(3), nn.Linear(16, 2))),
-}  # fmt: skip
+def slot(layer, width):
+    return Slot(layer, tuple(range(width)), tuple(range(width)))
 
 
 def test_groups_go_from_input_to_output_and_name_what_shares_their_channels():
-    assert channel_groups(plain_trunk((8, 16, 12))) == (
-        ChannelGroup("0", 8, relu="1", consumers=("3",)),
-        ChannelGroup("3", 16, relu="4", consumers=("6",)),
+    first, second, last = channel_groups(plain_trunk((8, 16, 12)), images())
+    every = tuple(range(8))
+    assert first == ChannelGroup(
+        "0", 8, (slot("0", 8),), (slot("3", 8),), (ScaleSite("0", every, every, relu="1"),)
     )
-    assert channel_groups(norm_trunk())[0] == ChannelGroup("0", 8, norms=("1",), relu="2", consumers=("4",))
+    assert second.layers == ("3", "6")
+    assert last.protected == "the network returns these channels"
 
 
 def test_the_scale_stands_behind_the_last_norm():
-    group, *_ = channel_groups(norm_trunk())
-    assert group.anchor == "1"
-    assert channel_groups(attach_scales(norm_trunk()))[0].scale == "1.scale"
-    assert channel_groups(attach_scales(plain_trunk()))[0].scale == "0.scale"
+    group, *_ = channel_groups(norm_trunk(), images())
+    assert group.layers == ("0", "1", "4")
+    [site] = group.sites
+    assert (site.layer, site.relu) == ("1", "2")
 
 
-def test_a_bare_trunk_keeps_the_channels_that_it_returns():
-    assert [group.name for group in channel_groups(plain_trunk())] == ["0", "3"]
-    with_head = channel_groups(build_classifier(plain_trunk()))
+def test_a_bare_trunk_keeps_the_channels_that_it_returns_and_a_head_takes_them_in():
+    assert list(widths_of(build("plain"))) == ["0", "3"]
+    with_head = free_groups(build_classifier(plain_trunk()))
     assert [group.name for group in with_head] == ["trunk.0", "trunk.3", "trunk.6"]
-    assert with_head[-1].consumers == ("head",)
+    assert [slot.layer for slot in with_head[-1].inputs] == ["head"]
 
 
 def test_a_relu_for_all_is_taken_over_by_none():
-    assert {group.relu for group in channel_groups(nested_trunk())} == {None}
+    assert {site.relu for g in channel_groups(nested_trunk().eval(), images()) for site in g.sites} == {None}
 
 
-def test_groups_follow_the_calls_not_the_order_of_registration():
-    assert [group.name for group in channel_groups(build("functional"))] == ["first", "second"]
+class LeakyByHand(nn.Module):
+    """What goes into the ReLU is used beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.second = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(self.relu(x) - 0.1 * x)
+
+
+def test_a_relu_whose_input_is_used_elsewhere_is_not_taken_over():
+    model, x = LeakyByHand().eval(), images()
+    group, _ = channel_groups(model, x)
+    assert [site.relu for site in group.sites] == [None]
+    with torch.no_grad():
+        assert torch.equal(attach(model)(x), model(x))
+
+
+def test_groups_are_named_as_the_network_names_its_layers_first():
+    assert list(widths_of(build("two names"))) == ["layers.0"]
 
 
 def test_a_linear_layer_behind_a_flatten_takes_the_channels_in():
-    groups = channel_groups(build("flatten"))
-    assert groups[-1].consumers == ("hidden",)
-    assert [group.name for group in groups] == ["trunk.0", "trunk.3"]
+    *_, last = free_groups(build("flatten"))
+    [taker] = last.inputs
+    assert (last.name, taker.layer) == ("trunk.3", "hidden")
+    assert taker.holding([1]) == tuple(range(16, 32))
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-@pytest.mark.parametrize("transform", [channel_groups, attach_scales])
-def test_other_topologies_are_refused_by_the_name_of_the_layer(name, transform):
-    layer, make = UNSUPPORTED[name]
-    with pytest.raises(UnsupportedTopologyError) as caught:
-        transform(make())
-    message = str(caught.value)
-    assert message.startswith(f"layer {layer} ")
-    assert message.endswith("this version takes a plain sequence of conv, norm, ReLU and pool")
-    assert "\n" not in message
+@pytest.mark.parametrize("name", NETWORKS)
+def test_after_a_removal_the_groups_are_those_that_a_new_trace_finds(name):
+    model = build(name)
+    pruned = prune_channels(model, set_scales(attach(model)))
+    carried = {group.name: group for group in free_groups(pruned)}
+    del pruned.__dict__["_channel_groups"]
+    traced = {group.name: group for group in channel_groups(pruned, inputs(name)) if not group.protected}
+    assert carried.keys() == traced.keys()
+    for group, other in ((carried[key], traced[key]) for key in carried):
+        assert group.width == other.width
+        assert set(group.outputs) == set(other.outputs)
+        assert set(group.inputs) == set(other.inputs)
+        assert {site.layer for site in group.sites} == {site.layer for site in other.sites}
 
 
-@pytest.mark.parametrize("forward", [depend_on_the_values, loop_over_the_batch])
-def test_control_flow_that_cannot_be_traced_is_refused(forward):
-    with pytest.raises(
-        UnsupportedTopologyError, match=r"^Network cannot be traced \(.*\); this version takes"
-    ):
-        channel_groups(Network(forward))
+def test_positions_behind_those_removed_move_up():
+    group = ChannelGroup("a", 3, (Slot("a", (0, 1, 2), (0, 1, 2)),), (Slot("b", (4, 5, 6), (0, 1, 2)),), ())
+    other = ChannelGroup("c", 4, (), (Slot("b", (0, 1, 2, 3), (0, 1, 2, 3)),), ())
+    kept = {"a": torch.tensor([0, 2]), "c": torch.tensor([3])}
+    assert removed_positions((group, other), kept)["inputs", "b"] == [0, 1, 2, 5]
+    slim, narrow = shrink_groups((group, other), kept)
+    assert (slim.width, slim.inputs) == (2, (Slot("b", (1, 2), (0, 1)),))
+    assert (narrow.width, narrow.inputs) == (1, (Slot("b", (0,), (0,)),))
+
+
+def test_a_copy_carries_the_same_groups_and_a_bare_network_none():
+    model = build("plain")
+    assert carried_groups(copy.deepcopy(model)) is carried_groups(model)
+    assert carried_groups(plain_trunk()) is None
+    with pytest.raises(ModelError, match=r"channel_groups\(model, example\), then attach_scales"):
+        prune_channels(plain_trunk(), ChannelSelection({"0": torch.arange(2)}))
 
 
 @pytest.mark.parametrize(
-    "model", [nn.Sequential(convolution(3), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(3, 2))]
+    "model",
+    [nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)), nn.Sequential(nn.ReLU(), nn.AvgPool2d(2))],
 )
 def test_a_network_without_a_group_is_refused(model):
-    with pytest.raises(UnsupportedTopologyError, match="no convolution whose channels could be removed"):
-        channel_groups(model)
+    with pytest.raises(UnsupportedTopologyError, match=r"cannot be traced|no convolution"):
+        channel_groups(model, images())
 
 
-def test_the_output_width_of_a_trunk_is_that_of_its_last_convolution():
-    assert output_width(plain_trunk((8, 16, 12))) == 12
-    for model in (build("flatten"), nn.Sequential(convolution(3), nn.Flatten())):
-        with pytest.raises(UnsupportedTopologyError, match="pass it without its head"):
-            output_width(model)
+def test_a_network_with_scales_that_does_not_know_its_groups_is_told_what_to_do():
+    scaled = attach(build("plain"))
+    del scaled.__dict__["_channel_groups"]
+    with pytest.raises(ModelError, match="pass it through merge_scales first"):
+        channel_groups(scaled, images())
+
+
+def test_when_everything_is_protected_the_error_says_why():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ModelError, match=r"no channel of the network can be removed: .*GroupNorm"):
+        attach(model)
+
+
+def test_a_weight_that_is_computed_from_others_protects_its_channels():
+    layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)]
+    layers[1] = parametrizations.weight_norm(layers[1])
+    first, second, _ = channel_groups(nn.Sequential(*layers), images())
+    assert "computed from other tensors" in second.protected
+    assert first.protected

@@ -6,8 +6,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chanscale.artifact import METADATA
-from chanscale.attaching import attach_scales
-from chanscale.channels import channel_groups
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import classification_loss, to_channels_last
 from chanscale.config import FitConfig
@@ -16,13 +14,14 @@ from chanscale.removal import remove_channels
 from chanscale.state import Best, TrainingState, make_optimizer
 from networks import (
     TRUNKS,
+    attach,
     build,
     build_classifier,
-    describe,
     images,
     renew_statistics,
     same_tensors,
     set_scales,
+    widths_of,
 )
 
 CONFIG = FitConfig()
@@ -43,11 +42,11 @@ def step(state, seed=0):
 
 def train(trunk):
     """Return a state in the midst of training: stepped, pruned, stepped, with a best and a candidate."""
-    model = to_channels_last(attach_scales(build_classifier(trunk)))
-    kept = {group.name: torch.arange(group.width) for group in channel_groups(model)}
+    model = to_channels_last(attach(build_classifier(trunk)))
+    kept = {name: torch.arange(width) for name, width in widths_of(model).items()}
     state = TrainingState(model, make_optimizer(model, CONFIG), kept, scale_lr=0.02)
     step(state)
-    best = Best(renew_statistics(attach_scales(build_classifier(trunk))), dict(kept), {"validation_auc": 0.5})
+    best = Best(renew_statistics(attach(build_classifier(trunk))), dict(kept), {"validation_auc": 0.5})
     selection = set_scales(renew_statistics(model))
     removal = remove_channels(model, state.optimizer, kept, selection, example=images(2, side=32))
     state.model, state.kept = removal.model, removal.kept
@@ -64,7 +63,7 @@ def saved(tmp_path):
     trunk = build("plain")
     state = train(trunk)
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(state, describe(state.model, {}), NOTES, path)
+    save_checkpoint(state, NOTES, path)
     return state, trunk, path
 
 
@@ -74,7 +73,7 @@ def same_indices(got, wanted):
 
 def test_everything_comes_back(saved):
     state, trunk, path = saved
-    loaded, notes = load_checkpoint(path, CONFIG, trunk=trunk)
+    loaded, notes = load_checkpoint(path, CONFIG, whole=build_classifier(trunk))
     assert same_tensors(loaded.model, state.model)
     assert same_indices(loaded.kept, state.kept)
     assert (loaded.epoch, loaded.scale_lr, loaded.history) == (state.epoch, state.scale_lr, state.history)
@@ -91,8 +90,8 @@ def test_everything_comes_back(saved):
 def test_a_fresh_state_has_neither_best_nor_candidate(saved):
     state, trunk, path = saved
     state.best = state.candidate = None
-    save_checkpoint(state, describe(state.model, {}), {}, path)
-    loaded, _ = load_checkpoint(path, CONFIG, trunk=trunk)
+    save_checkpoint(state, {}, path)
+    loaded, _ = load_checkpoint(path, CONFIG, whole=build_classifier(trunk))
     assert loaded.best is None
     assert loaded.candidate is None
 
@@ -101,8 +100,8 @@ def test_a_fresh_state_has_neither_best_nor_candidate(saved):
 def test_the_next_steps_are_the_same_bit_for_bit(name, tmp_path):
     trunk, path = build(name), tmp_path / "checkpoint.safetensors"
     state = train(trunk)
-    save_checkpoint(state, describe(state.model, {}), {}, path)
-    loaded, _ = load_checkpoint(path, CONFIG, trunk=trunk)
+    save_checkpoint(state, {}, path)
+    loaded, _ = load_checkpoint(path, CONFIG, whole=build_classifier(trunk))
     for seed in (2, 3):
         step(state, seed)
         step(loaded, seed)
@@ -119,12 +118,12 @@ def test_loading_unpickles_nothing(saved, monkeypatch):
     _, trunk, path = saved
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     monkeypatch.setattr(pickle, "loads", refuse)
-    load_checkpoint(path, CONFIG, trunk=trunk)
+    load_checkpoint(path, CONFIG, whole=build_classifier(trunk))
 
 
 def error_of(path, trunk):
     with pytest.raises(ArtifactError, match="delete its folder and fit again") as caught:
-        load_checkpoint(path, CONFIG, trunk=trunk)
+        load_checkpoint(path, CONFIG, whole=build_classifier(trunk))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 

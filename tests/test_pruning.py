@@ -4,13 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from chanscale.attaching import attach_scales
-from chanscale.channels import channel_groups
 from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
 from chanscale.pruning import check_removal, mask_channels, prune_channels
 from chanscale.selection import ChannelSelection
 from chanscale.slicing import keep_inputs, keep_outputs
-from networks import NETWORKS, build, build_classifier, images, plain_trunk, same_tensors, set_scales
+from networks import (
+    NETWORKS,
+    attach,
+    build,
+    build_classifier,
+    images,
+    know_groups,
+    plain_trunk,
+    same_tensors,
+    set_scales,
+    widths_of,
+)
 
 
 def storages(model):
@@ -21,7 +30,7 @@ def storages(model):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("transform", [prune_channels, mask_channels])
 def test_the_copy_is_independent_and_the_original_unchanged(name, transform):
-    model = attach_scales(build(name))
+    model = attach(build(name))
     selection = set_scales(model)
     # One group alone: the tensors that are not cut must be copied as well.
     group = next(iter(selection.kept))
@@ -36,9 +45,9 @@ def test_the_copy_is_independent_and_the_original_unchanged(name, transform):
 
 
 def test_layers_say_their_new_widths():
-    model = attach_scales(build_classifier(build("batch norm")))
-    pruned = prune_channels(model, ChannelSelection({g.name: torch.arange(3) for g in channel_groups(model)}))
-    assert [g.width for g in channel_groups(pruned)] == [3, 3, 3]
+    model = attach(build_classifier(build("batch norm")))
+    pruned = prune_channels(model, ChannelSelection({name: torch.arange(3) for name in widths_of(model)}))
+    assert list(widths_of(pruned).values()) == [3, 3, 3]
     for layer in pruned.modules():
         if isinstance(layer, nn.Conv2d):
             assert tuple(layer.weight.shape[:2]) == (layer.out_channels, layer.in_channels)
@@ -48,7 +57,7 @@ def test_layers_say_their_new_widths():
 
 
 def test_memory_format_and_trainability_are_kept():
-    model = attach_scales(plain_trunk()).to(memory_format=torch.channels_last)
+    model = attach(plain_trunk()).to(memory_format=torch.channels_last)
     pruned = prune_channels(model, set_scales(model))
     trainable = {name for name, parameter in pruned.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -57,7 +66,7 @@ def test_memory_format_and_trainability_are_kept():
 
 def test_an_inexact_removal_is_refused():
     model = build_classifier()
-    selection = ChannelSelection({group.name: torch.arange(2) for group in channel_groups(model)})
+    selection = ChannelSelection({name: torch.arange(2) for name in widths_of(model)})
     pruned, masked = prune_channels(model, selection), mask_channels(model, selection)
     assert check_removal(pruned, masked, images(side=32)) < 1e-8
     with pytest.raises(InexactRemovalError, match="removing channels changed the output by"):
@@ -70,7 +79,7 @@ def test_an_inexact_removal_is_refused():
 @pytest.mark.parametrize(
     ("kept", "error", "words"),
     [
-        ({"9": [0]}, ModelError, "names '9', which is no channel group; have 0, 3"),
+        ({"9": [0]}, ModelError, "names '9', which is no channel group that can be pruned; have 0, 3"),
         ({"0": []}, EmptySelectionError, "keeps none of the 8 channels of '0'"),
         ({"0": list(range(8))}, EmptySelectionError, "keeps every channel: there is nothing to remove"),
         ({}, EmptySelectionError, "keeps every channel"),
@@ -87,7 +96,7 @@ def test_a_selection_that_does_not_fit_is_an_error(transform, kept, error, words
         {name: torch.tensor(indices, dtype=torch.int64) for name, indices in kept.items()}
     )
     with pytest.raises(error, match=words):
-        transform(plain_trunk(), selection)
+        transform(know_groups(plain_trunk()), selection)
 
 
 def test_layers_of_unknown_kind_are_refused_by_name():

@@ -3,15 +3,14 @@ import copy
 import pytest
 import torch
 
-from chanscale.attaching import attach_scales
-from chanscale.channels import channel_groups
 from chanscale.classifier import classification_loss
 from chanscale.errors import InexactRemovalError
+from chanscale.group_scales import scale_parameters
 from chanscale.pruning import ROUNDING
 from chanscale.removal import remove_channels
 from chanscale.selection import ChannelSelection
-from chanscale.state import make_optimizer, scales_of
-from networks import build_classifier, images, renew_statistics, set_scales
+from chanscale.state import make_optimizer
+from networks import attach, build_classifier, images, renew_statistics, set_scales, widths_of
 from tiny_fits import tiny_config
 
 
@@ -26,7 +25,7 @@ def step(model, optimizer, seed):
 @pytest.fixture
 def trained():
     """A scaled classifier, its optimizer after some steps, the index book, and a selection of channels."""
-    model = attach_scales(build_classifier())
+    model = attach(build_classifier())
     optimizer = make_optimizer(model, tiny_config())
     for seed in range(3):
         step(model, optimizer, seed)
@@ -35,7 +34,7 @@ def trained():
     return (
         model,
         optimizer,
-        {group.name: torch.arange(group.width) for group in channel_groups(model)},
+        {name: torch.arange(width) for name, width in widths_of(model).items()},
         selection,
     )
 
@@ -51,8 +50,8 @@ def remove(trained):
 def test_the_moments_of_adam_follow_their_parameters(trained):
     model, optimizer, _, selection = trained
     removal, renewed = remove(trained)
-    before = {name: optimizer.state[scale] for name, scale in scales_of(model).items()}
-    after = {name: renewed.state[scale] for name, scale in scales_of(removal.model).items()}
+    before = {name: optimizer.state[scale] for name, scale in scale_parameters(model).items()}
+    after = {name: renewed.state[scale] for name, scale in scale_parameters(removal.model).items()}
     for name, kept in selection.kept.items():
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(after[name][key], before[name][key][kept])
@@ -71,8 +70,10 @@ def test_training_goes_on_as_if_the_channels_were_still_there(trained):
     step(removal.model, renewed, 7)
     # A scale of 0 has a gradient, but its channel has no weight in what follows: the others do not feel it.
     step(model, optimizer, 7)
-    for name, scale in scales_of(removal.model).items():
-        torch.testing.assert_close(scale, scales_of(model)[name][selection.kept[name]], rtol=1e-4, atol=1e-5)
+    for name, scale in scale_parameters(removal.model).items():
+        torch.testing.assert_close(
+            scale, scale_parameters(model)[name][selection.kept[name]], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_removing_zeros_changes_nothing_and_the_book_keeps_the_original_indices(trained):
@@ -102,8 +103,7 @@ def test_model_and_optimizer_are_left_as_they_were(trained):
     for index, moments in optimizer.state_dict()["state"].items():
         assert all(torch.equal(tensor, state["state"][index][key]) for key, tensor in moments.items())
     assert all(
-        len(indices) == group.width
-        for indices, group in zip(kept.values(), channel_groups(model), strict=True)
+        len(indices) == width for indices, width in zip(kept.values(), widths_of(model).values(), strict=True)
     )
 
 

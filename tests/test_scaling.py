@@ -1,11 +1,13 @@
 """The scale, and the two functions that save memory: the same gradients as autograd's own, from less."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from chanscale.scaling import ChannelScale, FrozenBatchNorm2d, FrozenConv2d, soft_threshold
+from chanscale.scaling import ChannelScale, add_scale, freeze, soft_threshold, thaw
 from networks import relative_difference
 
 ROUNDING = 1e-12  # in fp64
@@ -23,10 +25,10 @@ CONVOLUTIONS = {
 
 
 def frozen(conv, *, relu=True):
-    """Return the frozen twin of `conv`, with scales of both signs."""
-    twin = FrozenConv2d.of(conv)
-    twin.scale = ChannelScale(conv.out_channels, relu=relu).to(conv.weight.dtype)
-    twin.scale.weight.data.copy_(SCALES)
+    """Return a frozen copy of `conv`, with scales of both signs."""
+    twin = copy.deepcopy(conv).requires_grad_(False)
+    freeze(twin)
+    add_scale(twin, relu=relu).weight.data = SCALES.to(next(conv.parameters(), SCALES.double()).dtype)
     return twin
 
 
@@ -48,16 +50,63 @@ def saved_shapes(compute):
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_gradients_equal_those_of_plain_operations(name, relu):
     conv = nn.Conv2d(3, 5, **CONVOLUTIONS[name]).double()
-    layer = frozen(conv, relu=relu)
-    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    require_gradients(conv, frozen(conv, relu=relu), torch.randn(2, 3, 9, 8), relu=relu)
+
+
+def spread(norm):
+    """Give `norm` statistics and weights that are not trivial."""
+    for name, tensor in norm.state_dict().items():
+        if name != "num_batches_tracked":
+            tensor.uniform_(0.5, 2)
+    return norm
+
+
+LAYERS = {
+    "1-D": (lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1), (2, 3, 9)),
+    "3-D": (lambda: nn.Conv3d(3, 5, 3, padding=1), (2, 3, 4, 5, 6)),
+    "depthwise": (lambda: nn.Conv2d(5, 5, 3, groups=5), (2, 5, 6, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 3, stride=2), (2, 3, 6, 7)),
+    "batch norm": (lambda: spread(nn.BatchNorm2d(5)), (2, 5, 6, 7)),
+    "batch norm 1-D": (lambda: spread(nn.BatchNorm1d(5)), (2, 5, 6)),
+    "batch norm without weights": (lambda: spread(nn.BatchNorm3d(5, affine=False)), (2, 5, 3, 3, 3)),
+    "batch norm without statistics": (lambda: nn.BatchNorm2d(5, track_running_stats=False), (2, 5, 6, 7)),
+    "instance norm": (lambda: nn.InstanceNorm2d(5, affine=True), (2, 5, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_any_kind_have_the_gradients_of_plain_operations(name):
+    make, shape = LAYERS[name]
+    layer = make().double().eval()
+    require_gradients(layer, frozen(layer, relu=False), torch.randn(shape), relu=False)
+
+
+def test_one_image_without_a_batch_is_taken_too():
+    conv = nn.Conv2d(3, 5, 3)
+    twin, x = copy.deepcopy(conv), torch.randn(3, 6, 7, requires_grad=True)
+    freeze(twin)
+    assert torch.equal(twin(x), conv(x))
+
+
+def require_gradients(plain_layer, layer, x, *, relu):
+    """Compare the output, and the gradients for input and scale, with those of plain operations."""
+    x = x.double().requires_grad_()
     scale = SCALES.double().requires_grad_()
-    plain = conv(x) * scale.view(1, -1, 1, 1)
+    plain = plain_layer(x) * scale.view(1, -1, *[1] * (x.dim() - 2))
     plain = plain.relu() if relu else plain
+    assert relative_difference(layer(x), plain) < ROUNDING
     toward = torch.randn_like(plain)
-    ours = torch.autograd.grad((layer(x) * toward).sum(), [x, layer.scale.weight])
+    ours = torch.autograd.grad((layer(x) * toward).sum(), [x, layer.channel_scale.weight])
     autograds = torch.autograd.grad((plain * toward).sum(), [x, scale])
     for got, wanted in zip(ours, autograds, strict=True):
         assert relative_difference(got, wanted) < ROUNDING
+
+
+def test_a_frozen_norm_keeps_nothing_of_its_input():
+    norm = spread(nn.BatchNorm2d(5)).requires_grad_(False)
+    freeze(norm)
+    shapes, _ = saved_shapes(lambda: norm(torch.randn(2, 5, 3, 3, requires_grad=True)))
+    assert shapes == []
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -130,8 +179,12 @@ def test_autocast_computes_in_bf16_and_keeps_the_scales_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         out = second(first(x))
     assert out.dtype == torch.bfloat16
-    gradients = torch.autograd.grad(out.float().sum(), [first.scale.weight, second.scale.weight])
-    wanted = torch.autograd.grad(second(first(x)).sum(), [first.scale.weight, second.scale.weight])
+    gradients = torch.autograd.grad(
+        out.float().sum(), [first.channel_scale.weight, second.channel_scale.weight]
+    )
+    wanted = torch.autograd.grad(
+        second(first(x)).sum(), [first.channel_scale.weight, second.channel_scale.weight]
+    )
     for got, exact in zip(gradients, wanted, strict=True):
         assert got.dtype == torch.float32
         assert relative_difference(got, exact) < 0.05  # bf16 has 8 bits; sums of 128 products
@@ -140,7 +193,8 @@ def test_autocast_computes_in_bf16_and_keeps_the_scales_in_fp32():
 def test_a_frozen_norm_stays_in_eval():
     norm = nn.BatchNorm2d(5)
     norm.running_mean.normal_()
-    layer, x = FrozenBatchNorm2d.of(norm), torch.randn(4, 5, 3, 3)
+    layer, x = copy.deepcopy(norm), torch.randn(4, 5, 3, 3)
+    freeze(layer)
     before = layer.running_mean.clone()
     assert torch.equal(layer.train()(x), norm.eval()(x))
     assert torch.equal(layer.running_mean, before)
@@ -148,24 +202,41 @@ def test_a_frozen_norm_stays_in_eval():
 
 
 @pytest.mark.parametrize(
-    ("twin", "plain"),
+    "plain",
     [
-        (FrozenConv2d, nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular", bias=False)),
-        (FrozenConv2d, nn.Conv2d(3, 5, (1, 3), dilation=2, padding="same")),
-        (FrozenBatchNorm2d, nn.BatchNorm2d(3, eps=0.1, affine=False)),
-        (FrozenBatchNorm2d, nn.BatchNorm2d(3, eps=0.1)),
+        nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular", bias=False),
+        nn.Conv2d(3, 5, (1, 3), dilation=2, padding="same"),
+        nn.BatchNorm2d(3, eps=0.1, affine=False),
+        nn.BatchNorm2d(3, eps=0.1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
     ],
+    ids=str,
 )
 @torch.no_grad()
-def test_frozen_twins_share_the_tensors_and_thaw_to_what_they_were(twin, plain):
-    layer, x = twin.of(plain.eval()), torch.randn(2, 3, 7, 7)
-    thawed = layer.thaw()
-    assert type(thawed) is type(plain)
-    assert repr(thawed) == repr(plain)
+def test_a_layer_thaws_to_what_it_was(plain):
+    layer, x = copy.deepcopy(plain.eval()), torch.randn(2, 3, 7, 7)
+    freeze(layer)
     assert torch.equal(layer(x), plain(x))
-    assert torch.equal(thawed(x), plain(x))
-    for name, tensor in plain.state_dict().items():
-        assert layer.state_dict()[name].data_ptr() == tensor.data_ptr()
+    thaw(layer)
+    assert type(layer) is type(plain)
+    assert repr(layer) == repr(plain)
+    assert torch.equal(layer(x), plain(x))
+
+
+class ShiftedConv(nn.Conv2d):
+    """A convolution of the user's own."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight, bias) + 1
+
+
+def test_a_layer_that_computes_something_else_goes_on_doing_so():
+    layer, x = ShiftedConv(3, 5, 3), torch.randn(2, 3, 7, 7, requires_grad=True)
+    wanted = layer(x)
+    freeze(layer)
+    assert torch.equal(layer(x), wanted)
+    assert type(layer) is ShiftedConv
 
 
 def test_soft_threshold_is_the_proximal_operator():

@@ -3,24 +3,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chanscale.attaching import attach_scales
-from chanscale.channels import channel_groups
-from chanscale.costs import ConvCost, TrunkCost
+from chanscale.channels import ChannelGroup, Slot
+from chanscale.costs import LayerCost, TrunkCost
 from chanscale.errors import BudgetError, EmptySelectionError, ModelError
-from chanscale.selection import WidthRule, keep_above, keep_within, scale_parameters, select_channels
-from networks import plain_trunk
+from chanscale.group_scales import scale_parameters
+from chanscale.selection import WidthRule, keep_above, keep_within, select_channels
+from networks import attach, know_groups, plain_trunk
 
 
 def chain_cost(widths):
     """Return the cost of a chain of 3 x 3 convolutions, from an RGB image of 64 pixels."""
-    names = [str(index) for index in range(len(widths))]
-    sources, inputs = [None, *names], [3, *widths]
-    return TrunkCost(
-        tuple(
-            ConvCost(name, sources[i], inputs[i], width, 9, True, 64)
-            for i, (name, width) in enumerate(zip(names, widths, strict=True))
+    inputs = [3, *widths]
+    layers = [LayerCost(str(i), width, inputs[i], 9, True, 64) for i, width in enumerate(widths)]
+    groups = []
+    for i, width in enumerate(widths):
+        every = tuple(range(width))
+        groups.append(
+            ChannelGroup(str(i), width, (Slot(str(i), every, every),), (Slot(str(i + 1), every, every),), ())
         )
-    )
+    return TrunkCost(tuple(layers), tuple(groups))
+
+
+def first_of(widths):
+    """Return so many channels of each group; in a chain, which they are does not matter to the cost."""
+    return {name: torch.arange(width) for name, width in widths.items()}
 
 
 @st.composite
@@ -56,16 +62,16 @@ def test_within_a_limit_is_met_and_not_overshot_by_more_than_one_width_step(case
     cost = chain_cost(list(whole.values()))
     limit = share * cost.of(of)
     smallest = {name: rule.apply(name, 0, width) for name, width in whole.items()}
-    if cost.of(of, smallest) > limit:
+    if cost.of(of, first_of(smallest)) > limit:
         with pytest.raises(BudgetError, match=f"at most .* {of} are to be kept"):
             keep_within(importance, cost=cost, of=of, limit=limit, rule=rule)
         return
     selection, last = keep_within(importance, cost=cost, of=of, limit=limit, rule=rule)
     widths = selection.widths
-    assert cost.of(of, widths) <= limit
+    assert cost.of(of, first_of(widths)) <= limit
     narrowed = [name for name in whole if widths[name] < whole[name]]
     wider = [widths | {name: neighbour(rule, name, widths[name], whole[name])} for name in narrowed]
-    assert not narrowed or any(cost.of(of, one_more) > limit for one_more in wider)
+    assert not narrowed or any(cost.of(of, first_of(one_more)) > limit for one_more in wider)
     assert all(rule.apply(name, width, whole[name]) == width for name, width in widths.items())
     removed = torch.cat([values[~is_kept(values, selection.kept[n])] for n, values in importance.items()])
     assert last == 0 or last >= removed.max()
@@ -98,8 +104,8 @@ def is_kept(values, kept):
 
 
 def scaled_trunk():
-    model = attach_scales(plain_trunk((4, 6)))
-    first, *_ = scale_parameters(model, channel_groups(model)).values()
+    model = attach(plain_trunk((4, 6)))
+    first, *_ = scale_parameters(model).values()
     first.data.copy_(torch.tensor([0.5, -0.9, 0.0, 0.04]))
     return model
 
@@ -134,13 +140,15 @@ def test_rounding_that_gives_every_channel_back_is_an_error():
 
 def test_without_scales_there_is_nothing_to_select():
     with pytest.raises(ModelError, match="call attach_scales first"):
+        select_channels(know_groups(plain_trunk((4, 6))), threshold=0.5)
+    with pytest.raises(ModelError, match="does not know its channel groups"):
         select_channels(plain_trunk((4, 6)), threshold=0.5)
 
 
 def test_a_budget_too_high_names_the_smallest_network_and_the_ways_out():
     cost = chain_cost([4, 6])
     importance = {"0": torch.ones(4), "1": torch.ones(6)}
-    smallest = cost.parameters({"0": 2, "1": 2})
+    smallest = cost.parameters(first_of({"0": 2, "1": 2}))
     words = f"at most 10 parameters .* hold {smallest}. Lower the budget, min_channels or round_to"
     with pytest.raises(BudgetError, match=words):
         keep_within(importance, cost=cost, of="parameters", limit=10, rule=WidthRule(minimum=2))

@@ -2,18 +2,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from chanscale.channels import channel_groups
+from chanscale.channels import free_groups
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
+from chanscale.group_scales import GroupScales
 from chanscale.selection import WidthRule
 from chanscale.shrinking import BudgetPenalty, Pace, channel_weights
-from networks import build_classifier, images, plain_trunk
+from networks import attach, build_classifier, images, plain_trunk, widths_of
 
 MODEL = build_classifier(plain_trunk((6, 12, 10)))
-WIDTHS = {group.name: group.width for group in channel_groups(MODEL)}
-COST = trunk_cost(MODEL, channel_groups(MODEL), images(1, side=32))
+WIDTHS = widths_of(MODEL)
+COST = trunk_cost(MODEL, free_groups(MODEL), images(1, side=32))
 WEIGHTINGS = ["uniform", "parameters", "macs"]
 
 
@@ -22,11 +22,13 @@ def penalty(rule=None, **options):
 
 
 def draw_scales(seed=0):
+    """Return random scales; in a chain, a group is named as the layer that its one scale stands behind."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: nn.Parameter(torch.randn(width, generator=generator) * 0.3 + 1)
-        for name, width in WIDTHS.items()
-    }
+    scales = GroupScales(attach(MODEL))
+    assert list(scales.parameters) == list(WIDTHS)
+    for scale in scales.parameters.values():
+        scale.data.copy_(torch.randn(len(scale), generator=generator) * 0.3 + 1)
+    return scales
 
 
 @st.composite
@@ -49,14 +51,16 @@ def test_with_the_last_batch_the_budget_is_met_by_scales_that_are_exactly_0(weig
     model = penalty(rule, weigh_by=weigh_by, **options)
     scales, generator = draw_scales(seed), torch.Generator().manual_seed(seed)
     for done in range(batches):
-        for scale in scales.values():  # the data pull every scale up or down, against the penalty or with it
+        for scale in (
+            scales.parameters.values()
+        ):  # the data pull every scale up or down, against the penalty or with it
             scale += 0.05 * torch.randn(len(scale), generator=generator)
         model.shrink(scales, Pace(budget, batches - done, batches))
     selection, pivot = model.select_within(scales, budget)
     of = options["budget_of"]
-    assert COST.of(of, selection.widths) <= (1 - budget) * COST.of(of)
+    assert COST.of(of, selection.kept) <= (1 - budget) * COST.of(of)
     assert pivot == 0
-    for name, scale in scales.items():
+    for name, scale in scales.parameters.items():
         gone = torch.ones(len(scale), dtype=torch.bool)
         gone[selection.kept[name]] = False
         assert not scale[gone].any()
@@ -67,19 +71,19 @@ def test_with_the_last_batch_the_budget_is_met_by_scales_that_are_exactly_0(weig
 @torch.no_grad()
 def test_shrinking_brings_every_scale_nearer_to_0_and_none_beyond(weigh_by, concavity):
     scales = draw_scales()
-    before = {name: scale.clone() for name, scale in scales.items()}
+    before = {name: scale.clone() for name, scale in scales.parameters.items()}
     step = penalty(weigh_by=weigh_by, concavity=concavity).shrink(scales, Pace(0.6, 3, 10))
     assert step > 0
-    for name, scale in scales.items():
+    for name, scale in scales.parameters.items():
         assert (scale * before[name] >= 0).all()
         assert (scale.abs() < before[name].abs()).all()
 
 
 def test_without_concavity_or_weights_all_scales_lose_the_same():
     scales = draw_scales()
-    before = {name: scale.detach().clone() for name, scale in scales.items()}
+    before = {name: scale.detach().clone() for name, scale in scales.parameters.items()}
     step = penalty(weigh_by="uniform", concavity=0.0).shrink(scales, Pace(0.6, 20, 20))
-    for name, scale in scales.items():
+    for name, scale in scales.parameters.items():
         loss = before[name].abs() - scale.detach().abs()
         survivors = scale != 0
         assert torch.allclose(loss[survivors], torch.full_like(loss[survivors], step), atol=1e-6)
@@ -87,11 +91,11 @@ def test_without_concavity_or_weights_all_scales_lose_the_same():
 
 def test_a_concave_penalty_spares_the_large_and_presses_the_small():
     scales = draw_scales()
-    before = {name: scale.detach().clone() for name, scale in scales.items()}
+    before = {name: scale.detach().clone() for name, scale in scales.parameters.items()}
     model = penalty(weigh_by="uniform", concavity=3.0)
     pivot = model.select_within(scales, 0.6)[1]
     step = model.shrink(scales, Pace(0.6, 10, 20))
-    for name, scale in scales.items():
+    for name, scale in scales.parameters.items():
         loss = before[name].abs() - scale.detach().abs()
         assert (loss[before[name].abs() > 1.01 * pivot] < step).all()
         assert (loss[(before[name].abs() < 0.99 * pivot) & (scale.detach() != 0)] > step).all()
@@ -104,7 +108,7 @@ def test_channels_below_the_pivot_reach_0_before_it():
         model.shrink(scales, Pace(0.6, 20 - done, 20))
     assert pivot > 0
     # Nothing pulled at the scales: those that were the smallest are gone, and only those.
-    assert {n: (s != 0).nonzero().flatten().tolist() for n, s in scales.items()} == {
+    assert {n: (s != 0).nonzero().flatten().tolist() for n, s in scales.parameters.items()} == {
         name: kept.tolist() for name, kept in selection.kept.items()
     }
 
@@ -112,12 +116,12 @@ def test_channels_below_the_pivot_reach_0_before_it():
 @pytest.mark.parametrize("weigh_by", WEIGHTINGS)
 def test_the_gradient_of_the_penalty_points_towards_0(weigh_by):
     scales = draw_scales()
-    data = {name: torch.randn(len(scale)) for name, scale in scales.items()}
-    for name, scale in scales.items():
+    data = {name: torch.randn(len(scale)) for name, scale in scales.parameters.items()}
+    for name, scale in scales.parameters.items():
         scale.data[0] = 0
         scale.grad = data[name].clone()
     penalty(weigh_by=weigh_by).add_gradient(scales, Pace(0.6, 10, 20), lr=0.01)
-    for name, scale in scales.items():
+    for name, scale in scales.parameters.items():
         added = scale.grad - data[name]
         assert torch.equal(added.sign(), scale.detach().sign())
         assert added[0] == 0
@@ -125,10 +129,10 @@ def test_the_gradient_of_the_penalty_points_towards_0(weigh_by):
 
 def test_what_has_reached_0_is_selected_but_never_beyond_the_budget():
     scales, model = draw_scales(), penalty(WidthRule(minimum=1))
-    first = next(iter(scales.values()))
+    first = next(iter(scales.parameters.values()))
     first.data[:2] = 0
     assert model.select_reached(scales, 0.6).widths == {**WIDTHS, "trunk.0": 4}
-    for scale in scales.values():
+    for scale in scales.parameters.values():
         scale.data[1:] = 0
     selection = model.select_reached(scales, 0.6)
     assert selection.kept.keys() == WIDTHS.keys()
@@ -138,13 +142,13 @@ def test_what_has_reached_0_is_selected_but_never_beyond_the_budget():
 
 @pytest.mark.parametrize("weigh_by", WEIGHTINGS)
 def test_weights_have_a_mean_of_1_over_all_channels(weigh_by):
-    weights = channel_weights(weigh_by, COST, WIDTHS)
+    weights = channel_weights(weigh_by, COST)
     assert sum(weights[name] * width for name, width in WIDTHS.items()) == pytest.approx(sum(WIDTHS.values()))
 
 
 def test_channels_that_cost_more_weigh_more_and_uniform_ones_weigh_the_same():
-    assert set(channel_weights("uniform", COST, WIDTHS).values()) == {1.0}
+    assert set(channel_weights("uniform", COST).values()) == {1.0}
     for of in ("parameters", "macs"):
-        saved, weights = COST.per_channel(of, WIDTHS), channel_weights(of, COST, WIDTHS)
+        saved, weights = COST.per_channel(of), channel_weights(of, COST)
         assert sorted(WIDTHS, key=saved.get) == sorted(WIDTHS, key=weights.get)
         assert len(set(weights.values())) == len(WIDTHS)

@@ -18,7 +18,7 @@ _HOMES = {
     "Classifier": "classifier",
     "FitConfig": "config",
     "attach_scales": "attaching",
-    "channel_groups": "channels",
+    "channel_groups": "proof",
     "evaluate": "evaluation",
     "fit": "training",
     "load_backbone": "backbones",
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from chanscale.artifact import load_model, save_model
     from chanscale.attaching import attach_scales, merge_scales
     from chanscale.backbones import BACKBONES, load_backbone
-    from chanscale.channels import ChannelGroup, channel_groups
+    from chanscale.channels import ChannelGroup
     from chanscale.classifier import Classifier
     from chanscale.config import FitConfig
     from chanscale.data.phantoms import write_phantoms
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from chanscale.errors import ChanscaleError
     from chanscale.evaluation import evaluate
     from chanscale.pipeline import scale_and_select
+    from chanscale.proof import channel_groups
     from chanscale.pruning import prune_channels
     from chanscale.scaling import ChannelScale, soft_threshold
     from chanscale.selection import ChannelSelection, select_channels

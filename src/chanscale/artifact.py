@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,25 +14,28 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from chanscale import __version__
-from chanscale.attaching import attach_scales
 from chanscale.backbones import BACKBONES, Preprocessing, build_backbone
-from chanscale.channels import output_width
 from chanscale.classifier import Classifier, to_channels_last
-from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError, one_line
+from chanscale.errors import ArtifactError, ChanscaleError, ModelError, one_line
 from chanscale.files import write_atomically
-from chanscale.pruning import prune_channels
-from chanscale.selection import ChannelSelection
+from chanscale.modes import in_eval
+from chanscale.pruning import share
+from chanscale.rebuilding import install_tensors
+from chanscale.slicing import output_width
 
-FORMAT = "chanscale-model/1"
+FORMAT = "chanscale-model/2"
 METADATA = "chanscale"
 """The one entry of a file's metadata."""
+FEATURES = "head.linear.weight"
+"""The tensor that is as wide as the features."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """What a model file says about its model, beside the tensors.
 
-    `kept`: for each convolution, the ascending indices of its channels in the original backbone. `image_size`
+    `kept`: for each group, named by a convolution, the ascending indices of its channels in the original backbone;
+    groups that are protected are not named. `image_size`
     in pixels, `channels` 1 or 3: what the model was trained on.
     """
 
@@ -44,7 +48,7 @@ class ModelInfo:
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many channels each convolution has left."""
+        """How many channels each group has left."""
         return {name: len(indices) for name, indices in self.kept.items()}
 
 
@@ -71,31 +75,41 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
             f"{path} was made from a network of your own, {info.backbone}; pass that network as `trunk`"
         )
     try:
-        model = rebuild(info, trunk=trunk)
-        model.load_state_dict(tensors, assign=True)
-    except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
+        model = rebuild(info, tensors, trunk=trunk)
+    except (ChanscaleError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = one_line(error)[:200]
         raise ArtifactError(f"{path} does not fit {info.backbone!r}: {reason}") from error
     return to_channels_last(model).requires_grad_(False).eval(), info
 
 
-def rebuild(info: ModelInfo, *, trunk: nn.Module | None = None) -> Classifier:
-    """Return a classifier of the shape that `info` describes; its tensors hold nothing yet."""
+def rebuild(info: ModelInfo, tensors: Mapping[str, Tensor], *, trunk: nn.Module | None = None) -> Classifier:
+    """Return the classifier that `info` describes, with `tensors` for its state; `trunk` is not changed."""
     preprocessing = Preprocessing.from_dict(info.preprocessing)
     with torch.device("meta"):  # shapes alone: no time or memory for weights that are replaced at once
-        trunk = build_backbone(info.backbone) if trunk is None else trunk
-        model = assemble(preprocessing, trunk, classes=info.classes)
-        scaled = attach_scales(model)
-    selection = ChannelSelection({name: torch.tensor(indices) for name, indices in info.kept.items()})
-    try:
-        return prune_channels(scaled, selection)
-    except EmptySelectionError:  # a model that was saved whole
-        return scaled
+        trunk = build_backbone(info.backbone) if trunk is None else share(trunk)
+        model = Classifier(preprocessing, trunk, channels=tensors[FEATURES].shape[1], classes=info.classes)
+    outputs = len(model.head.linear.bias)
+    if len(tensors["head.linear.bias"]) != outputs:
+        raise ModelError(f"{len(info.classes)} classes need {outputs} outputs, and there are others")
+    whole = {name: output_width(model.get_submodule(name)) for name in info.kept}
+    install_tensors(model, tensors)
+    for name, indices in info.kept.items():
+        _require_indices(name, indices, whole[name], output_width(model.get_submodule(name)))
+    _require_run(model, info)
+    return model
 
 
-def assemble(preprocessing: nn.Module, trunk: nn.Module, *, classes: tuple[str, ...]) -> Classifier:
-    """Put a head behind `trunk` that is as wide as its last convolution."""
-    return Classifier(preprocessing, trunk, channels=output_width(trunk), classes=classes)
+def _require_indices(name: str, indices: list[int], whole: int, width: int) -> None:
+    ascending = all(low < high for low, high in pairwise((-1, *indices, whole)))
+    if len(indices) != width or not ascending:
+        raise ModelError(f"{name!r} has {width} of {whole} channels, which {indices[:8]}... cannot be")
+
+
+@torch.no_grad()
+def _require_run(model: Classifier, info: ModelInfo) -> None:
+    """Run `model` on an empty image: widths that do not fit each other are found now, and not in use."""
+    with in_eval(model):
+        model(torch.zeros(1, info.channels, info.image_size, info.image_size))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:

@@ -1,96 +1,103 @@
-"""Attach channel scales to a frozen network, and merge them back into plain convolutions."""
+"""Attach channel scales to a frozen network, and merge them back into plain layers."""
 
 import copy
-from collections.abc import Iterator
-from typing import TypeVar, cast
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from chanscale.channels import ChannelGroup, channel_groups
+from chanscale.channels import ChannelGroup, Model, carry_groups
 from chanscale.errors import ModelError
-from chanscale.pooling import FrugalMaxPool2d
-from chanscale.scaling import AbsorbedReLU, ChannelScale, FrozenBatchNorm2d, FrozenConv2d, ensure_affine
+from chanscale.scaling import (
+    AbsorbedReLU,
+    ChannelScale,
+    add_scale,
+    drop_scale,
+    ensure_affine,
+    freeze,
+    scale_of,
+    thaw,
+)
 
-Model = TypeVar("Model", bound=nn.Module)
+FOLDABLE = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+"""Exactly these multiply by their weight, and add their bias."""
 
 
-def attach_scales(model: Model) -> Model:
-    """Return a copy of `model` with frozen convolutions and norms, and a scale of 1 on each channel.
+def attach_scales(model: Model, groups: Sequence[ChannelGroup]) -> Model:
+    """Return a copy of `model` with frozen convolutions and norms, and scales of 1 where its `groups` want them.
 
-    The copy's outputs are the original's, bit for bit. Frozen weights are not copied but shared with `model`;
-    all other layers (a head) are copied as they are. Raises UnsupportedTopologyError, or ModelError when the
-    model has scales already.
+    The copy carries the groups, and its outputs are the original's, bit for bit. Frozen weights are not copied
+    but shared with `model`; all other layers (a head) are copied as they are. Raises ModelError when every
+    group is protected, or the model has scales already.
     """
-    groups = channel_groups(model)
-    if any(group.scale for group in groups):
+    if any(isinstance(module, ChannelScale) for module in model.modules()):
         raise ModelError("the network has channel scales already; merge_scales takes them out")
-    scaled = copy.deepcopy(model, {id(tensor): tensor for tensor in _frozen_tensors(model)})
-    for name, module in list(scaled.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            replace_module(scaled, name, FrozenConv2d.of(module))
-        elif isinstance(module, nn.BatchNorm2d):
-            replace_module(scaled, name, FrozenBatchNorm2d.of(module))
-        elif type(module) is nn.MaxPool2d and not module.return_indices:
-            replace_module(scaled, name, FrugalMaxPool2d.of(module))
-    for group in groups:
-        _insert_scale(scaled, group)
-    return scaled
+    free = [group for group in groups if group.protected is None]
+    if not free:
+        reasons = dict.fromkeys(group.protected for group in groups)
+        raise ModelError(f"no channel of the network can be removed: {'; '.join(map(str, reasons))}"[:300])
+    scaled = copy.deepcopy(model, _share_frozen(model))
+    for module in scaled.modules():
+        freeze(module)
+    _insert_scales(scaled, free)
+    return carry_groups(scaled, groups)
 
 
 def merge_scales(model: Model) -> Model:
     """Return a copy of `model` whose scales are folded into its convolutions or norms; they are plain again.
 
-    scale * (w * x + b) = (scale w) * x + scale b; exact but for rounding. Raises ModelError without scales.
+    scale * (w * x + b) = (scale w) * x + scale b; exact but for rounding. A layer of a class of its own, which may
+    compute something else, keeps its scale behind it. Raises ModelError without scales.
     """
-    groups = [group for group in channel_groups(model) if group.scale]
-    if not groups:
-        raise ModelError("the network has no channel scales to merge")
     merged = copy.deepcopy(model)
-    for group in groups:
-        _fold(merged.get_submodule(group.anchor))
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, FrozenConv2d | FrozenBatchNorm2d | FrugalMaxPool2d):
-            replace_module(merged, name, module.thaw())
-        elif isinstance(module, AbsorbedReLU):
-            replace_module(merged, name, nn.ReLU(inplace=True))
+    layers = [layer for layer in merged.modules() if scale_of(layer)]
+    if not layers:
+        raise ModelError("the network has no channel scales to merge")
+    for module in merged.modules():
+        thaw(module)
+    for layer in layers:
+        if type(layer) in FOLDABLE:
+            _fold(layer)
+    merged.__dict__.pop("_channel_groups", None)  # plain again
     return merged
 
 
-def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return `weight` (C, ...) with each of its C output channels multiplied by `scale` (C,)."""
-    return weight * scale.view(-1, *[1] * (weight.dim() - 1))
+def scale_weight(weight: Tensor, scale: Tensor, *, dim: int = 0) -> Tensor:
+    """Return `weight` with each of its slices along `dim` multiplied by one value of `scale` (C,)."""
+    return weight * scale.to(weight.dtype).view([-1 if axis == dim else 1 for axis in range(weight.dim())])
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the module called `name`, under every name that it has in `model`."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child in [child for child, candidate in parent._modules.items() if candidate is old]:
-            setattr(parent, child, module)
-
-
-def _frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
+def _share_frozen(model: nn.Module) -> dict[int, Tensor]:
+    """Return the memo with which a copy of `model` holds the weights of its convolutions and norms, frozen."""
+    memo: dict[int, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            yield from module.parameters(recurse=False)
-            yield from module.buffers(recurse=False)
+        if isinstance(module, (_ConvNd, _NormBase)):
+            for parameter in module.parameters(recurse=False):
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+            memo |= {id(buffer): buffer for buffer in module.buffers(recurse=False)}
+    return memo
 
 
-def _insert_scale(model: nn.Module, group: ChannelGroup) -> None:
-    anchor = model.get_submodule(group.anchor)
-    conv = cast(nn.Conv2d, model.get_submodule(group.name))
-    anchor.scale = ChannelScale(group.width, relu=group.relu is not None, device=conv.weight.device)
-    if group.relu is not None:
-        replace_module(model, group.relu, AbsorbedReLU())
+def _insert_scales(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+    relus = {site.layer: site.relu for group in groups for site in group.sites}
+    for layer, relu in relus.items():
+        add_scale(model.get_submodule(layer), relu=relu is not None)
+        if relu is not None:
+            model.get_submodule(relu).__class__ = AbsorbedReLU
 
 
 @torch.no_grad()
-def _fold(anchor: nn.Module) -> None:
-    assert isinstance(anchor, FrozenConv2d | FrozenBatchNorm2d)
-    assert anchor.scale is not None
-    scale = anchor.scale.weight
-    if isinstance(anchor, nn.BatchNorm2d):
-        ensure_affine(anchor, scale.device)
-    for name, parameter in list(anchor.named_parameters(recurse=False)):
-        setattr(anchor, name, nn.Parameter(scale_weight(parameter, scale), requires_grad=False))
+def _fold(layer: nn.Module) -> None:
+    scale = scale_of(layer)
+    assert scale is not None
+    ensure_affine(layer)
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        dim = int(isinstance(layer, _ConvTransposeNd) and layer.groups == 1 and parameter.dim() > 1)
+        folded = scale_weight(parameter, scale.weight, dim=dim)
+        setattr(layer, name, nn.Parameter(folded, requires_grad=False))
+    drop_scale(layer)

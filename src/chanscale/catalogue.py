@@ -6,10 +6,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from chanscale.backbones import BACKBONES, build_backbone
-from chanscale.channels import output_width
 from chanscale.errors import ConfigError, one_line
 
 Build = Callable[[ModuleType, str, int, int], nn.Module]
@@ -43,7 +43,9 @@ def build_network(name: str, *, dimensions: int = 2, channels: int = 3) -> nn.Mo
 
 def _with_head(name: str) -> nn.Module:
     trunk = build_backbone(name)
-    return nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(output_width(trunk), 2))
+    return nn.Sequential(
+        trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(trunk(torch.zeros(1, 3, 64, 64)).shape[1], 2)
+    )
 
 
 def _monai(library: ModuleType, network: str, dimensions: int, channels: int) -> nn.Module:

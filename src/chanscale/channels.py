@@ -1,223 +1,168 @@
-"""Which layers share a channel axis: the unit that is scaled, selected and removed.
+"""Which layers share channels: the unit that is scaled, selected and removed, told as plain positions.
 
-A plain sequence of convolutions, norms, activations and pools is traced with torch.fx, and each of its
-convolutions opens a `ChannelGroup`. Any other topology is refused by the name of the layer, never guessed.
+A network carries its groups along: `attach_scales` puts them there, and every removal renumbers them.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Self
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, TypeVar
 
-import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from chanscale.backbones import Preprocessing
-from chanscale.errors import UnsupportedTopologyError
-from chanscale.heads import PooledHead
-from chanscale.pooling import FrugalMaxPool2d
-from chanscale.scaling import AbsorbedReLU, FrozenBatchNorm2d, FrozenConv2d
+from chanscale.errors import EmptySelectionError, ModelError
 
-# Exactly these: a subclass may compute something else.
-CONVOLUTIONS = (nn.Conv2d, FrozenConv2d)
-NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
-CONSUMERS = (nn.Linear, PooledHead)
-# These keep every channel apart from the others and map 0 to 0; a sigmoid, which makes 0.5 of it, does not.
-TRANSPARENT_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Identity, nn.Dropout,
-    nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
-)  # fmt: skip
-TRANSPARENT_FUNCTIONS = (
-    torch.relu, F.relu, torch.flatten,
-    F.max_pool2d, F.avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool2d,
-)  # fmt: skip
-TRANSPARENT_METHODS = ("relu", "flatten", "contiguous")
+Model = TypeVar("Model", bound=nn.Module)
 
-_WANTED = "this version takes a plain sequence of conv, norm, ReLU and pool"
+Axis = Literal["outputs", "inputs"]
+
+Kept = Mapping[str, Tensor]
+"""Ascending indices of the channels that stay in each group, shape (kept,), by the group's name."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where channels of a group lie along the outputs, or the inputs, of a layer.
+
+    `positions[i]` of the layer holds channel `channels[i]` of the group. Behind a flatten, a channel has several
+    positions; in a concatenation, the positions begin somewhere in the middle.
+    """
+
+    layer: str
+    positions: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    def holding(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """Return the positions that hold the `chosen` channels."""
+        wanted = set(chosen)
+        return tuple(p for p, c in zip(self.positions, self.channels, strict=True) if c in wanted)
+
+
+@dataclass(frozen=True)
+class ScaleSite(Slot):
+    """A layer behind which a scale must sit; `relu` follows it directly, and may be computed together with it."""
+
+    relu: str | None = None
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Layers that share one channel axis: a channel is scaled, selected and removed in all of them at once.
+    """Channels that are there, or not, in all of these layers at once.
 
-    All layers are named as `model.get_submodule` takes them. `consumers` take the channels in; a consumer
-    behind a flatten takes several inputs per channel, one after the other.
+    `name`: the convolution that the channels are counted in. `outputs` make or pass them on, `inputs` take them
+    in. `sites`: those of the outputs behind which a scale must sit; where all of them are 0, a channel can go.
+    `protected`: why no channel can be removed, or None. Layers are named as `model.get_submodule` takes them.
     """
 
     name: str
     width: int
-    norms: tuple[str, ...] = ()
-    scale: str | None = None
-    relu: str | None = None
-    consumers: tuple[str, ...] = ()
+    outputs: tuple[Slot, ...]
+    inputs: tuple[Slot, ...]
+    sites: tuple[ScaleSite, ...]
+    protected: str | None = None
 
     @property
-    def anchor(self) -> str:
-        """The layer behind which the scale belongs: the last norm, or else the convolution.
+    def layers(self) -> tuple[str, ...]:
+        """Every layer of the group once, those that make the channels first."""
+        return tuple(dict.fromkeys(slot.layer for slot in (*self.outputs, *self.inputs)))
 
-        A zero scale in front of a frozen norm would leave the constant beta - gamma * mu / sigma.
-        """
-        return self.norms[-1] if self.norms else self.name
+    def slots(self) -> Iterator[tuple[Axis, Slot]]:
+        """Yield every slot with its axis."""
+        yield from (("outputs", slot) for slot in self.outputs)
+        yield from (("inputs", slot) for slot in self.inputs)
 
+    def protect(self, reason: str) -> Self:
+        """Return the group, protected for `reason`."""
+        return replace(self, protected=self.protected or reason)
 
-def channel_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
-    """Return the groups of `model` from input to output.
-
-    The channels that `model` itself returns are its interface: the last convolution of a bare trunk has no
-    consumer and is left out. Raises UnsupportedTopologyError, which names the first layer that is not part
-    of a plain sequence, or when there is no group at all.
-    """
-    groups = tuple(group for group in _Chain.of(model).groups if group.consumers)
-    if not groups:
-        raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
-    return groups
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # it cannot change: copies of a network share its groups
 
 
-def output_width(trunk: nn.Module) -> int:
-    """Return the number of channels of the feature map (N, C, H, W) that `trunk` returns.
+def carry_groups(model: Model, groups: Iterable[ChannelGroup]) -> Model:
+    """Let `model`, in place, know its groups; return it."""
+    model._channel_groups = tuple(groups)  # type: ignore[assignment]
+    return model
 
-    Raises UnsupportedTopologyError, also when it returns something else.
-    """
-    chain = _Chain.of(trunk)
-    if not chain.open or chain.flat:
-        raise UnsupportedTopologyError(
-            "the trunk does not end in a feature map (N, C, H, W); pass it without its head"
+
+def carried_groups(model: nn.Module) -> tuple[ChannelGroup, ...] | None:
+    """Return the groups that `model` carries, if it does."""
+    found: tuple[ChannelGroup, ...] | None = model.__dict__.get("_channel_groups")
+    return found
+
+
+def free_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
+    """Return the groups of `model` that are not protected. Raises ModelError when it does not carry its groups."""
+    groups = carried_groups(model)
+    if groups is None:
+        raise ModelError(
+            "the network does not know its channel groups; call channel_groups(model, example), then attach_scales"
         )
-    return chain.groups[-1].width
+    return tuple(group for group in groups if group.protected is None)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(
-            m, (*CONVOLUTIONS, *NORMS, *CONSUMERS, AbsorbedReLU, FrugalMaxPool2d, Preprocessing)
+def removed_positions(groups: Iterable[ChannelGroup], kept: Kept) -> dict[tuple[Axis, str], list[int]]:
+    """Return which positions of each axis of each layer, ascending, go when only the channels `kept` stay."""
+    gone: dict[tuple[Axis, str], set[int]] = defaultdict(set)
+    for group in groups:
+        if group.name in kept:
+            removed = set(range(group.width)) - set(kept[group.name].tolist())
+            for axis, slot in group.slots():
+                gone[axis, slot.layer].update(slot.holding(removed))
+    return {where: sorted(positions) for where, positions in gone.items() if positions}
+
+
+def shrink_groups(groups: Iterable[ChannelGroup], kept: Kept) -> tuple[ChannelGroup, ...]:
+    """Return the groups as they are when only the channels `kept` are left, renumbered."""
+    groups = tuple(groups)
+    gone = removed_positions(groups, kept)
+    return tuple(_shrink(group, kept, gone) for group in groups)
+
+
+def require_fit(groups: Iterable[ChannelGroup], kept: Kept) -> None:
+    """Raise ModelError unless `kept` fits the `groups`, EmptySelectionError if it keeps none of one, or all."""
+    free = {group.name: group for group in groups if group.protected is None}
+    for name, indices in kept.items():
+        if name not in free:
+            raise ModelError(
+                f"the selection names {name!r}, which is no channel group that can be pruned; have {', '.join(free)}"
+            )
+        _require_indices(indices, free[name])
+    if all(len(indices) == free[name].width for name, indices in kept.items()):
+        raise EmptySelectionError("the selection keeps every channel: there is nothing to remove")
+
+
+def _require_indices(kept: Tensor, group: ChannelGroup) -> None:
+    if len(kept) == 0:
+        raise EmptySelectionError(f"the selection keeps none of the {group.width} channels of {group.name!r}")
+    ascending = bool((kept[1:] > kept[:-1]).all())
+    if not ascending or kept[0] < 0 or kept[-1] >= group.width:
+        raise ModelError(
+            f"the indices for {group.name!r} must ascend within 0..{group.width - 1}; got {kept.tolist()[:8]}"
         )
-        return known or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:  # fx raises whatever the user's forward raises on a symbolic value
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedTopologyError(
-            f"{type(model).__name__} cannot be traced ({reason}); {_WANTED}"
-        ) from error
+def _shrink(group: ChannelGroup, kept: Kept, gone: Mapping[tuple[Axis, str], list[int]]) -> ChannelGroup:
+    stay = kept[group.name].tolist() if group.name in kept else range(group.width)
+    index = {channel: new for new, channel in enumerate(stay)}
+
+    def renumber(axis: Axis, slots: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(_renumber(slot, index, gone.get((axis, slot.layer), [])) for slot in slots)
+
+    return replace(
+        group,
+        width=len(stay),
+        outputs=renumber("outputs", group.outputs),
+        inputs=renumber("inputs", group.inputs),
+        sites=renumber("outputs", group.sites),
+    )
 
 
-@dataclass
-class _Chain:
-    """Walks the traced nodes in order and keeps the groups met so far."""
-
-    model: nn.Module
-    groups: list[ChannelGroup] = field(default_factory=list)
-    open: bool = False  # does the value at hand carry the channels of the last group?
-    flat: bool = False  # is it (N, features)?
-    last: fx.Node | None = None
-    called: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        chain = cls(model)
-        for node in _trace(model).nodes:
-            chain._add(node)
-        return chain
-
-    def _add(self, node: fx.Node) -> None:
-        if node.op == "get_attr":
-            raise _refusal(node, f"the tensor {node.target}")
-        if node.op != "placeholder":
-            self._require_sequence(node)
-        if node.op == "call_module":
-            self._add_module(node)
-        elif node.op in ("call_function", "call_method"):
-            self._add_call(node)
-        self.last = node
-
-    def _add_call(self, node: fx.Node) -> None:
-        if node.target not in (*TRANSPARENT_FUNCTIONS, *TRANSPARENT_METHODS):
-            raise _refusal(node, getattr(node.target, "__name__", str(node.target)))
-        if node.target in (torch.flatten, "flatten"):
-            self._flatten(node, *_flattened(*node.args, **node.kwargs))
-
-    def _flatten(self, node: fx.Node, start: object, end: object) -> None:
-        if (start, end) not in ((1, -1), (1, 3)):
-            raise _refusal(node, f"a flatten from dimension {start} to {end}, not from 1 to -1")
-        self.flat = True
-
-    def _require_sequence(self, node: fx.Node) -> None:
-        if node.all_input_nodes != [self.last] or len(node.users) > 1:
-            raise _refusal(node, "a branch or a join")
-
-    def _add_module(self, node: fx.Node) -> None:
-        name = str(node.target)
-        module = self.model.get_submodule(name)
-        if type(module) in (*CONVOLUTIONS, *NORMS, *CONSUMERS):
-            self._require_own_weights(node, module)
-        if isinstance(module, nn.Conv2d) and type(module) in CONVOLUTIONS:
-            self._open_group(node, name, module)
-        elif type(module) in NORMS and self.open:
-            # A ReLU met before stands in front of the new anchor: the scale behind it cannot take its place.
-            self._follow(norms=(*self.groups[-1].norms, name), relu=None)
-            self._follow_scale(name, module)
-        elif type(module) in CONSUMERS:
-            self._consume(node, name, module)
-        elif isinstance(module, nn.Flatten):
-            self._flatten(node, module.start_dim, module.end_dim)
-        elif not isinstance(module, (*TRANSPARENT_MODULES, Preprocessing)):
-            raise _refusal(node, type(module).__name__)
-        elif isinstance(module, nn.ReLU) and self._may_take_over(name):
-            self._follow(relu=name)
-        self.called.add(name)
-
-    def _open_group(self, node: fx.Node, name: str, conv: nn.Conv2d) -> None:
-        if conv.groups != 1:
-            raise _refusal(node, f"a convolution in {conv.groups} groups")
-        self._close_group(name)
-        self.groups.append(ChannelGroup(name=name, width=conv.out_channels))
-        self.open = True
-        self._follow_scale(name, conv)
-
-    def _require_own_weights(self, node: fx.Node, module: nn.Module) -> None:
-        if node.target in self.called:
-            raise _refusal(node, "used twice")
-        if not isinstance(module, PooledHead) and "weight" not in module._parameters:
-            raise _refusal(node, "reparametrised: its weight is computed from other tensors")
-
-    def _consume(self, node: fx.Node, name: str, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and not self.flat:
-            raise _refusal(node, "a Linear without a flatten before it")
-        self._close_group(name)
-
-    def _close_group(self, consumer: str) -> None:
-        if self.open:
-            self._follow(consumers=(consumer,))
-        self.open = False
-
-    def _follow_scale(self, name: str, module: nn.Module) -> None:
-        if getattr(module, "scale", None) is not None:
-            self._follow(scale=f"{name}.scale")
-
-    def _follow(self, **changes: object) -> None:
-        self.groups[-1] = replace(self.groups[-1], **changes)  # type: ignore[arg-type]
-
-    def _may_take_over(self, name: str) -> bool:
-        """Whether the ReLU `name` stands directly behind the group's anchor and is called only there."""
-        behind = self.last is not None and self.open and self.last.target == self.groups[-1].anchor
-        return behind and sum(module is self.model.get_submodule(name) for module in _call_targets(self)) == 1
-
-
-def _call_targets(chain: _Chain) -> list[nn.Module]:
-    assert chain.last is not None
-    nodes = chain.last.graph.nodes
-    return [chain.model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
-
-
-def _flattened(_x: object, start_dim: object = 0, end_dim: object = -1) -> tuple[object, object]:
-    """Return the bounds among the arguments of a flatten, or its defaults."""
-    return start_dim, end_dim
-
-
-def _refusal(node: fx.Node, what: str) -> UnsupportedTopologyError:
-    layer, verb = node, "is"
-    while layer.op not in ("call_module", "placeholder"):
-        layer, verb = layer.prev, "is followed by"
-    return UnsupportedTopologyError(f"layer {str(layer.target)!r} {verb} {what}; {_WANTED}")
+def _renumber(slot: Slot, index: Mapping[int, int], gone: list[int]) -> Slot:
+    pairs = [(p, index[c]) for p, c in zip(slot.positions, slot.channels, strict=True) if c in index]
+    return replace(
+        slot,
+        positions=tuple(p - bisect_left(gone, p) for p, _ in pairs),
+        channels=tuple(c for _, c in pairs),
+    )

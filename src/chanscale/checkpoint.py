@@ -1,27 +1,27 @@
 """Save a run after each epoch, and read it back to go on as if nothing had happened."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from chanscale.artifact import ModelInfo, read_tensors, rebuild, write_tensors
+from chanscale.artifact import read_tensors, write_tensors
+from chanscale.attaching import attach_scales
+from chanscale.channels import carried_groups
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
-from chanscale.errors import ArtifactError, ChanscaleError, one_line
+from chanscale.errors import ArtifactError, ChanscaleError, EmptySelectionError, one_line
+from chanscale.pruning import prune_channels
+from chanscale.selection import ChannelSelection
 from chanscale.state import Best, TrainingState, make_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_checkpoint(state: TrainingState, info: ModelInfo, notes: Mapping[str, Any], path: Path) -> None:
-    """Write all of `state` to one safetensors file.
-
-    `info` says how to rebuild its models; `notes` is what else the caller wants back, as plain values.
-    """
+def save_checkpoint(state: TrainingState, notes: Mapping[str, Any], path: Path) -> None:
+    """Write all of `state` to one safetensors file; `notes` is what else the caller wants back, as plain values."""
     tensors = _prefixed("model", state.model.state_dict())
     for index, parameter in enumerate(_parameters(state.optimizer)):
         for key in MOMENTS:
@@ -33,17 +33,20 @@ def save_checkpoint(state: TrainingState, info: ModelInfo, notes: Mapping[str, A
         if best is not None:
             tensors |= _prefixed(name, best.model.state_dict())
             story[name] = {"kept": _lists(best.kept), "row": best.row}
-    write_tensors(path, tensors, {"info": asdict(info), "story": story, "notes": dict(notes)})
+    write_tensors(path, tensors, {"story": story, "notes": dict(notes)})
 
 
 def load_checkpoint(
-    path: Path, config: FitConfig, *, trunk: nn.Module | None = None
+    path: Path, config: FitConfig, *, whole: Classifier
 ) -> tuple[TrainingState, dict[str, Any]]:
-    """Return the state and the notes that were saved. Raises ArtifactError for a missing or damaged file."""
+    """Return the state and the notes that were saved.
+
+    `whole`: the classifier that the run began with; it carries its groups. Raises ArtifactError for a missing or
+    damaged file.
+    """
     try:
         tensors, metadata = read_tensors(path)
-        info, story, notes = (metadata[key] for key in ("info", "story", "notes"))
-        return _restore_state(tensors, info, story, config, trunk), notes
+        return _restore_state(tensors, metadata["story"], config, whole), metadata["notes"]
     except (ChanscaleError, RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:
         reason = one_line(error)[:200]
         raise ArtifactError(
@@ -52,19 +55,15 @@ def load_checkpoint(
 
 
 def _restore_state(
-    tensors: dict[str, Tensor],
-    info: dict[str, Any],
-    story: dict[str, Any],
-    config: FitConfig,
-    trunk: nn.Module | None,
+    tensors: dict[str, Tensor], story: dict[str, Any], config: FitConfig, whole: Classifier
 ) -> TrainingState:
-    model = _restore("model", story["kept"], info, tensors, trunk)
+    model = _restore("model", story["kept"], tensors, whole)
     optimizer = make_optimizer(model, config)
     for index, parameter in enumerate(_parameters(optimizer)):
         optimizer.state[parameter] = {key: tensors[f"moments.{index}.{key}"] for key in MOMENTS}
     found = {
         name: Best(
-            _restore(name, story[name]["kept"], info, tensors, trunk),
+            _restore(name, story[name]["kept"], tensors, whole),
             _tensors(story[name]["kept"]),
             story[name]["row"],
         )
@@ -78,13 +77,13 @@ def _restore_state(
 
 
 def _restore(
-    name: str,
-    kept: dict[str, list[int]],
-    info: dict[str, Any],
-    tensors: dict[str, Tensor],
-    trunk: nn.Module | None,
+    name: str, kept: dict[str, list[int]], tensors: dict[str, Tensor], whole: Classifier
 ) -> Classifier:
-    model = rebuild(ModelInfo(**{**info, "kept": kept}), trunk=trunk)
+    scaled = attach_scales(whole, carried_groups(whole) or ())
+    try:
+        model = prune_channels(scaled, ChannelSelection(_tensors(kept)))
+    except EmptySelectionError:  # no channel had been removed yet
+        model = scaled
     prefix = f"{name}."
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     model.load_state_dict(state, assign=True)

@@ -45,22 +45,27 @@ def to_channels_last(model: Classifier) -> Classifier:
     return model
 
 
-@torch.no_grad()
-def require_features(model: Classifier, images: Tensor) -> None:
-    """Raise ModelError unless the trunk of `model` makes a feature map (N, C, h, w) of `images` (N, C, H, W)."""
+def assemble(
+    preprocessing: nn.Module, trunk: nn.Module, images: Tensor, *, classes: Sequence[str]
+) -> Classifier:
+    """Put a head behind `trunk`, as wide as what it makes of `images` (N, 1 or 3, *), pixels in [0, 1].
+
+    Raises ModelError unless that is a feature map (N, C, *), or features (N, C).
+    """
     try:
-        with in_eval(model):
-            features: object = model.feature_map(images)
+        with in_eval(trunk), torch.no_grad():
+            features: object = trunk(preprocessing(images))
     except Exception as error:  # whatever the user's trunk raises
         reason = one_line(error)[:200]
         raise ModelError(
             f"the network does not run on images of {tuple(images.shape[1:])}: {reason}"
         ) from error
-    if not isinstance(features, Tensor) or features.dim() != 4:
+    if not isinstance(features, Tensor) or features.dim() < 2 or len(features) != len(images):
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(
-            f"the trunk must return a feature map (N, C, H, W). Got {got}; pass it without its head"
+            f"the trunk must return a feature map (N, C, *). Got {got}; pass it without its head"
         )
+    return Classifier(preprocessing, trunk, channels=features.shape[1], classes=classes)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

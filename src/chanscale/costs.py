@@ -1,91 +1,166 @@
-"""What channels cost: parameters and multiply-accumulates of the convolutions, as a function of the widths."""
+"""What channels cost: parameters and multiply-accumulates of the weights that they are joined by."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from chanscale.channels import ChannelGroup
+from chanscale.channels import ChannelGroup, Kept, removed_positions, shrink_groups
+from chanscale.heads import PooledHead
 from chanscale.modes import in_eval
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
-
-Widths = Mapping[str, int]
-"""Channels kept in each group, by the group's name."""
+Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class ConvCost:
-    """One convolution: `taps` weights join each input channel to each output channel.
+class LayerCost:
+    """One layer: `taps` weights join each of its inputs to each of its outputs, at `places` in the map.
 
-    `source` is the group that feeds it (none: the image), `outputs` its own width where that is fixed.
+    `inputs` of each output: one for a depthwise convolution.
     """
 
     name: str
-    source: str | None
-    inputs: int
     outputs: int
+    inputs: int
     taps: int
     bias: bool
-    positions: int
-
-    def parameters(self, widths: Widths) -> int:
-        """Weights and biases left at `widths`."""
-        inputs = widths.get(self.source or "", self.inputs)
-        outputs = widths.get(self.name, self.outputs)
-        return inputs * outputs * self.taps + outputs * self.bias
-
-    def macs(self, widths: Widths) -> int:
-        """Multiply-accumulates for one image at `widths`."""
-        inputs = widths.get(self.source or "", self.inputs)
-        return inputs * widths.get(self.name, self.outputs) * self.taps * self.positions
+    places: int
 
 
 @dataclass(frozen=True)
 class TrunkCost:
-    """The convolutions of a network, costed together."""
+    """The convolutions and linear layers of a network in front of its head, and the groups of its channels."""
 
-    convolutions: tuple[ConvCost, ...]
+    layers: tuple[LayerCost, ...]
+    groups: tuple[ChannelGroup, ...]
 
-    def parameters(self, widths: Widths | None = None) -> int:
-        """Weights and biases of all convolutions at `widths`; a group not named there is whole."""
-        return sum(conv.parameters(widths or {}) for conv in self.convolutions)
+    def parameters(self, kept: Kept | None = None) -> int:
+        """Weights and biases when only the channels `kept` stay; a group not named there is whole."""
+        outputs, inputs = self._count(kept or {})
+        return int((outputs * (inputs * self._of("taps") + self._of("bias"))).sum())
 
-    def macs(self, widths: Widths | None = None) -> int:
-        """Multiply-accumulates for one image, of all convolutions, at `widths`."""
-        return sum(conv.macs(widths or {}) for conv in self.convolutions)
+    def macs(self, kept: Kept | None = None) -> int:
+        """Multiply-accumulates for one image when only the channels `kept` stay."""
+        outputs, inputs = self._count(kept or {})
+        return int((outputs * inputs * self._of("taps") * self._of("places")).sum())
 
-    def of(self, what: str, widths: Widths | None = None) -> int:
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of channels of each group that is not protected."""
+        return {name: width for name, (_, width) in self._firsts.items()}
+
+    def of(self, what: str, kept: Kept | None = None) -> int:
         """`parameters` or `macs`, by name."""
-        return self.macs(widths) if what == "macs" else self.parameters(widths)
+        return self.macs(kept) if what == "macs" else self.parameters(kept)
 
-    def per_channel(self, what: str, widths: Widths) -> dict[str, int]:
-        """What the removal of one more channel of each group saves, at `widths`."""
-        whole = self.of(what, widths)
-        return {name: whole - self.of(what, {**widths, name: width - 1}) for name, width in widths.items()}
+    def per_channel(self, what: str) -> dict[str, float]:
+        """Return what the removal of one channel saves, the mean over each group that is not protected."""
+        outputs, inputs = self._count({})
+        each = self._of("taps") * (self._of("places") if what == "macs" else 1)
+        along = {
+            "outputs": each * inputs + (0 if what == "macs" else self._of("bias")),
+            "inputs": each * outputs,
+        }
+        saved = np.zeros(self._channels)
+        for axis, values in along.items():
+            owners, starts = self._axes[axis]
+            lengths = np.diff([*starts, len(owners)])
+            np.add.at(saved, owners, np.repeat(values, lengths))
+        return {
+            name: float(saved[first : first + width].mean()) for name, (first, width) in self._firsts.items()
+        }
 
-
-def trunk_cost(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Tensor) -> TrunkCost:
-    """Cost the convolutions of `model`, whose output sizes are measured on `example` (N, C, H, W)."""
-    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    positions = count_positions(model, convolutions, example)
-    sources = {consumer: group.name for group in groups for consumer in group.consumers}
-    return TrunkCost(
-        tuple(
-            ConvCost(
-                name=name,
-                source=sources.get(name),
-                inputs=conv.in_channels,
-                outputs=conv.out_channels,
-                taps=conv.kernel_size[0] * conv.kernel_size[1],
-                bias=conv.bias is not None,
-                positions=positions[name],
+    def keep(self, kept: Kept) -> "TrunkCost":
+        """Return the cost of the network that has only the channels `kept` left."""
+        gone = removed_positions(self.groups, kept)
+        layers = tuple(
+            replace(
+                layer,
+                outputs=layer.outputs - len(gone.get(("outputs", layer.name), ())),
+                inputs=layer.inputs - len(gone.get(("inputs", layer.name), ())),
             )
-            for name, conv in convolutions.items()
-            if name in positions  # one that is never called costs nothing
+            for layer in self.layers
         )
+        return TrunkCost(layers, shrink_groups(self.groups, kept))
+
+    def _count(self, kept: Kept) -> tuple[Numbers, Numbers]:
+        """Return the number of outputs, and of inputs, that each layer has left."""
+        alive = np.ones(self._channels, dtype=np.int64)
+        for name, indices in kept.items():
+            first, width = self._firsts[name]
+            alive[first : first + width] = 0
+            alive[first + indices.cpu().numpy()] = 1
+        owners, starts = self._axes["outputs"]
+        outputs = np.add.reduceat(alive[owners], starts) if len(starts) else np.zeros(0, np.int64)
+        owners, starts = self._axes["inputs"]
+        inputs = np.add.reduceat(alive[owners], starts) if len(starts) else np.zeros(0, np.int64)
+        return outputs, inputs
+
+    def _of(self, field: str) -> Numbers:
+        return np.array([getattr(layer, field) for layer in self.layers], dtype=np.int64)
+
+    @property
+    def _channels(self) -> int:
+        """The number of all channels of free groups; the last place stands for those that cannot go."""
+        return sum(width for _, width in self._firsts.values()) + 1
+
+    @cached_property
+    def _firsts(self) -> dict[str, tuple[int, int]]:
+        """Where the channels of each free group begin, when all lie in a row, and how many they are."""
+        firsts, total = {}, 0
+        for group in self.groups:
+            if group.protected is None:
+                firsts[group.name] = total, group.width
+                total += group.width
+        return firsts
+
+    @cached_property
+    def _axes(self) -> dict[str, tuple[Numbers, Numbers]]:
+        """For each axis: the channel at every position of all layers in a row, and where each layer begins."""
+        found = {}
+        for axis in ("outputs", "inputs"):
+            lengths = [getattr(layer, axis) for layer in self.layers]
+            starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            owners = np.full(starts[-1], self._channels - 1, dtype=np.int64)
+            place = dict(zip((layer.name for layer in self.layers), starts.tolist(), strict=False))
+            for group in self.groups:
+                for where, slot in group.slots():
+                    if group.protected is None and where == axis and slot.layer in place:
+                        first = self._firsts[group.name][0]
+                        owners[place[slot.layer] + np.array(slot.positions)] = first + np.array(slot.channels)
+            found[axis] = owners, starts[:-1]
+        return found
+
+
+def trunk_cost(model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor) -> TrunkCost:
+    """Cost the layers of `model` in front of its head; their output sizes are measured on `example` (N, C, *)."""
+    heads = {head.linear for head in model.modules() if isinstance(head, PooledHead)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear)) and module not in heads
+    }
+    places = count_positions(model, layers, example)
+    # One that is never called costs nothing.
+    costs = (_cost(name, layer, places[name]) for name, layer in layers.items() if name in places)
+    return TrunkCost(tuple(costs), tuple(groups))
+
+
+def _cost(name: str, layer: nn.Module, places: int) -> LayerCost:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, _ConvNd):
+        outputs, inputs = layer.out_channels, layer.in_channels // layer.groups
+    else:
+        outputs, inputs = weight.shape
+    return LayerCost(
+        name, outputs, inputs, weight.numel() // (outputs * inputs), layer.bias is not None, places
     )
 
 

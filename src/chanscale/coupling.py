@@ -8,9 +8,9 @@ scale must sit for that, and `proof.py` tries it.
 
 import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from chanscale.errors import UnsupportedTopologyError
+from chanscale.channels import Axis, ChannelGroup, ScaleSite, Slot
+from chanscale.errors import UnsupportedTopologyError, one_line
+from chanscale.heads import PooledHead
 
 NORMS = (_BatchNorm, _InstanceNorm)
 """Norms that treat every channel apart from the others, while they are in eval mode."""
@@ -27,73 +29,37 @@ NORMS = (_BatchNorm, _InstanceNorm)
 GATES = ("Sigmoid", "Hardsigmoid", "Softmax")
 """What comes out of these multiplies other channels: its own 0 is not needed, and would not be one behind them."""
 
-
 Positions = dict[nn.Module, dict[int, int]]
 """For each layer: position -> the channel of the group that it holds."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where channels of a group lie along the outputs, or the inputs, of a layer.
-
-    `positions[i]` of the layer holds channel `channels[i]` of the group. Behind a flatten, a channel has several
-    positions; in a concatenation, the positions begin somewhere in the middle.
-    """
-
-    layer: str
-    positions: tuple[int, ...]
-    channels: tuple[int, ...]
-
-    def holding(self, chosen: Iterable[int]) -> tuple[int, ...]:
-        """Return the positions that hold the `chosen` channels."""
-        wanted = set(chosen)
-        return tuple(p for p, c in zip(self.positions, self.channels, strict=True) if c in wanted)
-
-
-@dataclass(frozen=True)
-class CoupledGroup:
-    """Channels that are there, or not, in all of these layers at once.
-
-    `name`: the convolution that the channels are counted in. `outputs` make or pass them on, `inputs` take them
-    in. `scales`: those of the outputs behind which a scale must sit; where all of them are 0, a channel can go.
-    `protected`: why no channel can be removed, or None.
-    """
-
-    name: str
-    width: int
-    outputs: tuple[Slot, ...]
-    inputs: tuple[Slot, ...]
-    scales: tuple[Slot, ...]
-    protected: str | None = None
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Every layer of the group once, those that make the channels first."""
-        return tuple(dict.fromkeys(slot.layer for slot in (*self.outputs, *self.inputs)))
-
-    def protect(self, reason: str) -> "CoupledGroup":
-        """Return the group, protected for `reason`."""
-        return replace(self, protected=self.protected or reason)
-
-
-def couple_channels(model: nn.Module, example: Tensor) -> tuple[CoupledGroup, ...]:
+def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
     """Return the groups of `model`, from input to output, as one forward pass of `example` shows them.
 
     `example`: (N, C, *), of a size that the model takes. The model is not changed, and may be frozen or in
     training. Raises UnsupportedTopologyError when it cannot be traced, or has no convolution.
     """
-    names, graph = _trace(model, example)
+    trace = _trace(model, example)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = list(graph.get_all_groups(root_module_types=[_ConvNd]))
-    groups = [_describe(group, names) for group in found]
+        found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
+    groups = [_describe(group, trace) for group in found]
     if not groups:
         raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
     return tuple(_protect_overlaps(sorted(groups, key=lambda group: order[group.name])))
 
 
-def _trace(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, str], Any]:
+@dataclass(frozen=True)
+class _Trace:
+    """Torch-Pruning's graph, the name of each layer in it, and the ReLU called on what a node of autograd makes."""
+
+    graph: Any
+    names: Mapping[nn.Module, str]
+    relus: Mapping[Any, str] = field(default_factory=dict)
+
+
+def _trace(model: nn.Module, example: Tensor) -> _Trace:
     # Imported here: it takes a second, and only tracing needs it.
     import torch_pruning as tp
 
@@ -101,18 +67,41 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[dict[nn.Module, str], Any
     memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters()}
     memory |= {id(buffer): buffer for buffer in model.buffers()}
     twin = copy.deepcopy(model, memory).eval()
+    calls = _watch_relus(twin)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            graph = tp.DependencyGraph().build_dependency(twin, example, verbose=False)
+            # In a tuple: a bare tensor would first be tried as a list of arguments.
+            graph = tp.DependencyGraph().build_dependency(twin, (example,), verbose=False)
     except Exception as error:  # whatever the model's forward raises, or what Torch-Pruning makes of it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)[:200]
         raise UnsupportedTopologyError(f"{type(model).__name__} cannot be traced: {reason}") from error
-    return {module: name for name, module in twin.named_modules()}, graph
+    count = Counter(relu for relu, _ in calls)
+    relus = {input_of: relu for relu, input_of in calls if count[relu] == 1}
+    return _Trace(graph, _name_layers(twin), relus)
 
 
-def _describe(group: Any, names: dict[nn.Module, str]) -> CoupledGroup:
+def _name_layers(model: nn.Module) -> dict[nn.Module, str]:
+    names = {module: name for name, module in model.named_modules()}
+    # A head is sliced as one: it holds statistics beside the weights of its linear layer.
+    return names | {head.linear: name for head, name in names.items() if isinstance(head, PooledHead)}
+
+
+def _watch_relus(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return a list that fills, as `model` runs, with the ReLUs called and the node that made the input of each."""
+    calls: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        if type(module) is nn.ReLU:
+            # Asked before the call: a ReLU that works in place leaves another node behind.
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: calls.append((name, inputs[0].grad_fn))
+            )
+    return calls
+
+
+def _describe(group: Any, trace: _Trace) -> ChannelGroup:
     """Say in positions what Torch-Pruning found."""
+    names = trace.names
     root = group[0].dep.target.module
     outputs: Positions = defaultdict(dict)
     inputs: Positions = defaultdict(dict)
@@ -128,17 +117,31 @@ def _describe(group: Any, names: dict[nn.Module, str]) -> CoupledGroup:
         for position, channel in zip(item.idxs, item.root_idxs, strict=True):
             if slot.setdefault(position, channel) != channel:
                 reason = reason or f"{names[module]} mixes its channels"
-    return CoupledGroup(
+    return ChannelGroup(
         name=_choose_name(root, outputs, names),
         width=root.out_channels,
-        outputs=_slots(outputs, names),
-        inputs=_slots(inputs, names),
-        scales=_slots({site: outputs[site] for site in _find_sites(nodes, outputs, inputs)}, names),
+        outputs=tuple(Slot(names[layer], *_transpose(slot)) for layer, slot in outputs.items()),
+        inputs=tuple(Slot(names[layer], *_transpose(slot)) for layer, slot in inputs.items()),
+        sites=tuple(
+            ScaleSite(names[site.module], *_transpose(outputs[site.module]), relu=_find_relu(site, trace))
+            for site in _find_sites(nodes, outputs, inputs)
+        ),
         protected=reason,
     )
 
 
-def _choose_name(root: nn.Module, outputs: Positions, names: dict[nn.Module, str]) -> str:
+def _transpose(slot: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions, ascending, and the channel at each."""
+    positions, channels = zip(*sorted(slot.items()), strict=True)
+    return positions, channels
+
+
+def _find_relu(site: Any, trace: _Trace) -> str | None:
+    """Return the ReLU that alone takes what comes out of `site`, if there is one."""
+    return trace.relus.get(site.grad_fn) if len(site.outputs) == 1 else None
+
+
+def _choose_name(root: nn.Module, outputs: Positions, names: Mapping[nn.Module, str]) -> str:
     """Return the first convolution that makes the channels in the order in which `root` makes them."""
     order = list(names)
     makers = [
@@ -147,13 +150,7 @@ def _choose_name(root: nn.Module, outputs: Positions, names: dict[nn.Module, str
     return names[min(makers, key=order.index)]
 
 
-def _slots(found: Positions, names: dict[nn.Module, str]) -> tuple[Slot, ...]:
-    return tuple(
-        Slot(names[layer], *zip(*sorted(slot.items()), strict=True)) for layer, slot in found.items()
-    )
-
-
-def _obstacle(node: Any, names: dict[nn.Module, str]) -> str | None:
+def _obstacle(node: Any, names: Mapping[nn.Module, str]) -> str | None:
     """Return why channels that pass `node` cannot be removed, as far as its type tells."""
     module = node.module
     if type(module).__name__ == "_OutputOp":
@@ -162,6 +159,8 @@ def _obstacle(node: Any, names: dict[nn.Module, str]) -> str | None:
         return "they meet a parameter that belongs to no layer"
     if module not in names:
         return None
+    if isinstance(module, (_ConvNd, *NORMS)) and "weight" not in module._parameters:
+        return f"the weight of {names[module]} is computed from other tensors"
     if isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module):
         return f"{names[module]} is a grouped convolution"
     if not isinstance(module, (_ConvNd, nn.Linear, nn.PReLU, *NORMS)):
@@ -185,15 +184,15 @@ def _passes_on(module: nn.Module) -> bool:
 
 def _find_sites(
     nodes: dict[Any, Any], makers: Container[nn.Module], takers: Container[nn.Module]
-) -> Iterator[nn.Module]:
-    """Yield the last of the `makers` on each way to whatever takes the channels in.
+) -> Iterator[Any]:
+    """Yield the node of the last of the `makers` on each way to whatever takes the channels in.
 
     A scale in front of another one is not needed; one in front of a frozen norm would leave its constant.
     """
     sites = {
         node for node, module in nodes.items() if module in makers and isinstance(module, (_ConvNd, *NORMS))
     }
-    yield from (nodes[site] for site in nodes if site in sites and _reaches_taker(site, nodes, sites, takers))
+    yield from (site for site in nodes if site in sites and _reaches_taker(site, nodes, sites, takers))
 
 
 def _reaches_taker(start: Any, nodes: dict[Any, Any], sites: set[Any], takers: Container[nn.Module]) -> bool:
@@ -211,16 +210,11 @@ def _reaches_taker(start: Any, nodes: dict[Any, Any], sites: set[Any], takers: C
     return False
 
 
-def _protect_overlaps(groups: list[CoupledGroup]) -> Iterator[CoupledGroup]:
+def _protect_overlaps(groups: list[ChannelGroup]) -> Iterator[ChannelGroup]:
     """Protect groups that claim a position which another one has: they would have to go together."""
-    owner: dict[tuple[str, str, int], str] = {}
+    owner: dict[tuple[Axis, str, int], str] = {}
     for group in groups:
-        claims = [
-            (axis, slot.layer, position)
-            for axis, slots in (("out", group.outputs), ("in", group.inputs))
-            for slot in slots
-            for position in slot.positions
-        ]
+        claims = [(axis, slot.layer, position) for axis, slot in group.slots() for position in slot.positions]
         other = next((owner[claim] for claim in claims if claim in owner), None)
         owner |= dict.fromkeys(claims, group.name)
         yield group if other is None else group.protect(f"they are tied to channels of {other}")

@@ -7,14 +7,15 @@ from typing import Any
 from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
+from chanscale.group_scales import GroupScales
 from chanscale.learning import Learner, cosine, merit
 from chanscale.progress import Watcher
 from chanscale.pruning import ROUNDING
 from chanscale.removal import remove_channels
 from chanscale.schedule import Moment
 from chanscale.selection import ChannelSelection
-from chanscale.shrinking import BudgetPenalty, Pace, Scales
-from chanscale.state import Best, TrainingState, make_optimizer, scales_of
+from chanscale.shrinking import BudgetPenalty, Pace
+from chanscale.state import Best, TrainingState, make_optimizer
 
 
 class EpochRunner(Learner):
@@ -34,7 +35,7 @@ class EpochRunner(Learner):
         change = self._remove(state, moment) if moment.phase == "scale" else None
         row = {
             "epoch": moment.epoch, "stage": moment.stage, "phase": moment.phase, "train_loss": loss,
-            **self.validate(state.model), **self._measure(state), "penalty_step": step, "removal_change": change,
+            **self.validate(state.model), **self._measure(), "penalty_step": step, "removal_change": change,
             "seconds": round(perf_counter() - began, 2),
         }  # fmt: skip
         state.history.append(row)
@@ -45,7 +46,8 @@ class EpochRunner(Learner):
     def _train(self, state: TrainingState, moment: Moment) -> tuple[float, float]:
         """Return the mean loss, and the last step of the penalty."""
         _, optimizer = self.fabric.setup(state.model, state.optimizer)
-        scales = scales_of(state.model)
+        scales = GroupScales(state.model)
+        self.penalty.follow(state.kept)
         state.model.train()
         losses, step = [], 0.0
         for done, batch in enumerate(self.start_epoch(moment.epoch)):
@@ -55,7 +57,9 @@ class EpochRunner(Learner):
             self.watcher.on_batch(moment, done + 1, len(self.train), losses[-1])
         return sum(losses) / len(losses), step
 
-    def _set_learning_rates(self, state: TrainingState, scales: Scales, moment: Moment, done: int) -> None:
+    def _set_learning_rates(
+        self, state: TrainingState, scales: GroupScales, moment: Moment, done: int
+    ) -> None:
         for_scales, for_head = state.optimizer.param_groups
         if moment.opens_stage and done == 0:
             # Adam moves a scale by at most lr: it outruns the penalty if its gradient agrees with itself.
@@ -68,7 +72,7 @@ class EpochRunner(Learner):
         for_scales["lr"], for_head["lr"] = self.config.refine_lr * factor, self.config.head_lr * factor
 
     def _update(
-        self, state: TrainingState, scales: Scales, optimizer: Any, moment: Moment, done: int
+        self, state: TrainingState, scales: GroupScales, optimizer: Any, moment: Moment, done: int
     ) -> float:
         """Let the optimizer step, and the penalty press; return the penalty's step."""
         weight = state.model.head.linear.weight
@@ -90,13 +94,13 @@ class EpochRunner(Learner):
 
     def _remove(self, state: TrainingState, moment: Moment) -> float | None:
         """Remove what reached the threshold; at the end of the phase, down to the budget. Return the change."""
-        scales = scales_of(state.model)
+        scales = GroupScales(state.model)
         selection = (
             self.penalty.select_within(scales, moment.budget)[0]
             if moment.ends_phase
             else self.penalty.select_reached(scales, moment.budget)
         )
-        if selection.widths == {name: len(scale) for name, scale in scales.items()}:
+        if selection.widths == scales.widths:
             return None
         return self._apply(state, selection)
 
@@ -106,16 +110,17 @@ class EpochRunner(Learner):
         state.model, state.kept = removal.model, removal.kept
         state.optimizer = make_optimizer(state.model, self.config)
         removal.restore(state.optimizer)
+        self.penalty.follow(state.kept)
         if removal.change > ROUNDING:
             self.set_statistics(state.model)
         return removal.change
 
-    def _measure(self, state: TrainingState) -> dict[str, Any]:
-        widths = {name: len(kept) for name, kept in state.kept.items()}
-        parameters, macs = self.penalty.cost.parameters(widths), self.penalty.cost.macs(widths)
+    def _measure(self) -> dict[str, Any]:
+        whole, left = self.penalty.whole, self.penalty.cost
+        parameters, macs = left.parameters(), left.macs()
         return {
-            "parameters": parameters, "parameters_removed": 1 - parameters / self.penalty.cost.parameters(),
-            "macs": macs, "macs_removed": 1 - macs / self.penalty.cost.macs(), "widths": widths,
+            "parameters": parameters, "parameters_removed": 1 - parameters / whole.parameters(),
+            "macs": macs, "macs_removed": 1 - macs / whole.macs(), "widths": left.widths,
         }  # fmt: skip
 
     def _keep_best(self, state: TrainingState, moment: Moment, row: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 class PooledHead(nn.Module):
     """Global average pooling, standardisation, one linear layer.
 
-    Input (N, C, H, W), output (N, outputs) logits in fp32. Features shrink with the scales by orders of
+    Input (N, C, *), or features (N, C) pooled already; output (N, outputs) logits in fp32.
+
+    Features shrink with the scales by orders of
     magnitude, within an epoch. In training they are therefore standardised by the batch at hand, in eval by
     stored statistics, which `set_statistics` must renew after every change of the trunk. No epsilon is
     added to the variance: with the usual 1e-5 the features of a scaled network all but vanish.
@@ -34,8 +36,9 @@ class PooledHead(nn.Module):
         return logits
 
     def pool(self, x: Tensor) -> Tensor:
-        """Return features (N, C): the mean of each map, in fp32 or better."""
-        return x.to(torch.promote_types(x.dtype, torch.float32)).mean((2, 3))
+        """Return features (N, C): the mean of each map of (N, C, *), in fp32 or better."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        return precise.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else precise
 
     @torch.no_grad()
     def set_statistics(self, features: Tensor) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from chanscale.channels import ChannelGroup
 from chanscale.costs import count_positions
-from chanscale.coupling import CoupledGroup
-from chanscale.proof import find_groups
+from chanscale.proof import channel_groups
 from chanscale.slicing import INPUT_WIDTHS, OUTPUT_WIDTHS
 
 
@@ -48,10 +48,10 @@ def inspect_network(model: nn.Module, example: Tensor) -> NetworkReport:
 
     Raises UnsupportedTopologyError when the model cannot be traced.
     """
-    return describe_network(model, find_groups(model, example), example)
+    return describe_network(model, channel_groups(model, example), example)
 
 
-def describe_network(model: nn.Module, groups: Sequence[CoupledGroup], example: Tensor) -> NetworkReport:
+def describe_network(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> NetworkReport:
     """Say what each of the `groups` of `model` holds."""
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))
@@ -64,7 +64,7 @@ def describe_network(model: nn.Module, groups: Sequence[CoupledGroup], example: 
     )
 
 
-def _report(model: nn.Module, group: CoupledGroup, positions: dict[str, int]) -> GroupReport:
+def _report(model: nn.Module, group: ChannelGroup, positions: dict[str, int]) -> GroupReport:
     parameters = macs = 0
     for slots, axis in ((group.outputs, OUTPUT_WIDTHS), (group.inputs, INPUT_WIDTHS)):
         for slot in slots:
@@ -82,7 +82,7 @@ def _report(model: nn.Module, group: CoupledGroup, positions: dict[str, int]) ->
     return GroupReport(group.name, group.layers, group.width, parameters, macs, group.protected)
 
 
-def _count_prunable(model: nn.Module, groups: Iterable[CoupledGroup]) -> int:
+def _count_prunable(model: nn.Module, groups: Iterable[ChannelGroup]) -> int:
     """Return the number of convolution weights whose output or input channel can be removed."""
     outputs: dict[str, set[int]] = defaultdict(set)
     inputs: dict[str, set[int]] = defaultdict(set)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from chanscale import __version__
-from chanscale.artifact import ModelInfo, assemble
+from chanscale.artifact import ModelInfo
 from chanscale.backbones import BACKBONES, Preprocessing, find_backbone, load_backbone
-from chanscale.channels import channel_groups
-from chanscale.classifier import Classifier, require_features, to_channels_last
+from chanscale.channels import carry_groups, free_groups
+from chanscale.classifier import Classifier, assemble, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
@@ -26,6 +26,7 @@ from chanscale.devices import find_precision
 from chanscale.errors import ChanscaleError, ConfigError
 from chanscale.evaluation import evaluate
 from chanscale.progress import Watcher
+from chanscale.proof import channel_groups
 from chanscale.runs import NOTICE, RunFolder
 from chanscale.state import Best, TrainingState
 from chanscale.training import fit, start
@@ -83,12 +84,11 @@ def _run(
     splits = (folder.read_splits(images.images) if folder else None) or split_images(
         images.images, validation=config.validation, test=config.test, seed=config.seed
     )
-    classifier = build_classifier(model, images.images.classes, config, watcher)
-    require_features(classifier, images.batch(splits.train[:2])[0])
+    classifier = build_classifier(model, images, splits, config, watcher)
     info = describe_model(model, classifier, images)
     if folder:
         folder.begin(images.images, splits)
-    state, notes = (folder.load(classifier.trunk) if folder else None) or (None, {})
+    state, notes = (folder.load(classifier) if folder else None) or (None, {})
     # Measured once, so that both halves of an interrupted run compute alike.
     precision = notes.get("precision") or find_precision(config)
     config = config.model_copy(update={"precision": precision})
@@ -103,7 +103,7 @@ def _run(
 
     def save(state: TrainingState) -> None:
         if folder:
-            folder.save(state, info, notes | {"seconds": earlier + perf_counter() - began})
+            folder.save(state, notes | {"seconds": earlier + perf_counter() - began})
 
     best = fit(classifier, images, splits, config, state=state, watcher=watcher, save=save)
     info = kept_by(best, info)
@@ -157,18 +157,22 @@ def _open(path: Path, config: FitConfig) -> ImageSet:
 
 
 def build_classifier(
-    model: str | nn.Module, classes: tuple[str, ...], config: FitConfig, watcher: Watcher
+    model: str | nn.Module, images: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
 ) -> Classifier:
-    """Put preprocessing and a new head around a named backbone, or around a trunk of the user's own."""
+    """Put preprocessing and a new head around a named backbone, or around a trunk of the user's own; trace it."""
     if isinstance(model, str):
         preprocessing = find_backbone(model).preprocessing()
         trunk = load_backbone(model, weights=config.weights, progress=watcher.on_step)
     else:
         preprocessing, trunk = Preprocessing(), model
     torch.manual_seed(config.seed)
-    classifier = assemble(preprocessing, trunk, classes=classes)
+    example, _ = images.batch(splits.train[:2])
+    classifier = assemble(preprocessing, trunk, example, classes=images.images.classes)
+    watcher.on_step("tracing channels", 0, 1)
+    groups = channel_groups(classifier, example)
+    watcher.on_step("tracing channels", 1, 1)
     # As training wants it, so that the weights are shared with the scaled copy; a user's trunk is left as it is.
-    return to_channels_last(classifier) if isinstance(model, str) else classifier
+    return carry_groups(to_channels_last(classifier) if isinstance(model, str) else classifier, groups)
 
 
 def describe_model(model: str | nn.Module, classifier: Classifier, images: DecodedImages) -> ModelInfo:
@@ -187,7 +191,7 @@ def describe_model(model: str | nn.Module, classifier: Classifier, images: Decod
 
 def widths(model: nn.Module) -> dict[str, int]:
     """Return the number of channels of each group of `model`."""
-    return {group.name: group.width for group in channel_groups(model)}
+    return {group.name: group.width for group in free_groups(model)}
 
 
 def kept_by(best: Best, info: ModelInfo) -> ModelInfo:
@@ -213,9 +217,10 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
 
     `full`: parameters of the published network, with the classifier that was cut off.
     """
-    cost = trunk_cost(classifier, channel_groups(classifier), images.batch([0])[0])
-    left = {name: len(indices) for name, indices in best.kept.items()}
-    trunk, kept = cost.parameters(), cost.parameters(left)
+    example, _ = images.batch([0])
+    cost = trunk_cost(classifier, channel_groups(classifier, example), example)
+    left = cost.keep(best.kept)
+    trunk, kept = cost.parameters(), left.parameters()
     return {
         "parameters": {
             "trunk": trunk,
@@ -225,7 +230,7 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
             "removed_of_full": 1 - kept / full if full else None,
             "head": sum(parameter.numel() for parameter in best.model.head.parameters()),
         },
-        "macs": {"trunk": cost.macs(), "kept": cost.macs(left), "removed": 1 - cost.macs(left) / cost.macs()},
+        "macs": {"trunk": cost.macs(), "kept": left.macs(), "removed": 1 - left.macs() / cost.macs()},
         "bytes": {"trunk": 4 * trunk},
     }
 

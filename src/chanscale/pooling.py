@@ -1,6 +1,6 @@
 """Max pooling that remembers little: which pixel of each window won, in two bytes."""
 
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,6 @@ class FrugalMaxPool2d(nn.MaxPool2d):
 
     Outputs and gradients are those of `nn.MaxPool2d`, bit for bit.
     """
-
-    @classmethod
-    def of(cls, pool: nn.MaxPool2d) -> Self:
-        """Return the frugal twin of `pool`."""
-        return cls(pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
-
-    def thaw(self) -> nn.MaxPool2d:
-        """Return the plain pooling."""
-        return nn.MaxPool2d(
-            self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode
-        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the largest value of each window."""

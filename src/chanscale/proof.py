@@ -6,37 +6,61 @@ removed; a group whose pruned network does not say what the masked one says is p
 """
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from chanscale.attaching import Model
-from chanscale.coupling import CoupledGroup, couple_channels
-from chanscale.errors import EmptySelectionError, one_line
-from chanscale.pruning import ROUNDING
-from chanscale.slicing import INPUT_WIDTHS, OUTPUT_WIDTHS, keep_inputs, keep_outputs
-
-Removal = Mapping[str, Sequence[int]]
-"""The channels to remove of each group, by its name."""
+from chanscale.channels import ChannelGroup, Kept, carried_groups
+from chanscale.coupling import couple_channels
+from chanscale.errors import ModelError, one_line
+from chanscale.heads import PooledHead
+from chanscale.pruning import ROUNDING, remove_positions, share, silence_positions
+from chanscale.scaling import ChannelScale
 
 
-def find_groups(model: nn.Module, example: Tensor) -> tuple[CoupledGroup, ...]:
+def channel_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
     """Return the groups of `model`, traced with `example` (N, C, *), those that are not exact protected.
 
-    The model is not changed. Raises UnsupportedTopologyError when it cannot be traced.
+    A network that carries its groups is not traced again. The model is not changed. Raises
+    UnsupportedTopologyError when it cannot be traced, ModelError when it has scales and does not know its groups.
     """
+    carried = carried_groups(model)
+    if carried is not None:
+        return carried
+    if any(isinstance(module, ChannelScale) for module in model.modules()):
+        raise ModelError(
+            "the network has scales, which hide its channels; pass it through merge_scales first"
+        )
     groups = couple_channels(model, example)
     # In fp64, so that rounding cannot be taken for a difference, nor a small one for rounding.
-    reference, inputs = copy.deepcopy(model).cpu().double().eval(), example.detach().cpu().double()
+    reference = stir(copy.deepcopy(model).cpu().double().eval())
     open_groups = [group for group in groups if group.protected is None and group.width > 1]
-    reasons = _find_inexact(reference, open_groups, inputs)
+    reasons = _find_inexact(reference, open_groups, example.detach().cpu().double())
     reasons |= {group.name: "it has one channel" for group in groups if group.width == 1}
     return tuple(group.protect(reasons[group.name]) if group.name in reasons else group for group in groups)
 
 
-def _find_inexact(model: nn.Module, groups: Sequence[CoupledGroup], example: Tensor) -> dict[str, str]:
+@torch.no_grad()
+def stir(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """Make all that is constant in `model` vary from channel to channel, in place; return it.
+
+    A head of zeros, or a norm that has seen nothing, hides what a removal does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: list[Tensor] = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, (_NormBase, PooledHead)):
+            tensors += [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+    for tensor in tensors:
+        if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+            # Added, and positive: a variance stays one.
+            tensor.add_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
+    return model
+
+
+def _find_inexact(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> dict[str, str]:
     """Return the reason for each group that is not exact; by halves, since most networks have none or few."""
     reason = compare(model, groups, halve(groups), example) if groups else None
     if reason is None:
@@ -52,26 +76,23 @@ def _find_inexact(model: nn.Module, groups: Sequence[CoupledGroup], example: Ten
     return found
 
 
-def halve(groups: Iterable[CoupledGroup], *, seed: int = 0) -> dict[str, list[int]]:
-    """Return half of the channels of each group, drawn at random."""
+def halve(groups: Iterable[ChannelGroup], *, seed: int = 0) -> dict[str, Tensor]:
+    """Return half of the channels of each group, drawn at random, ascending: those that stay."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        group.name: sorted(torch.randperm(group.width, generator=generator)[: group.width // 2].tolist())
+        group.name: torch.randperm(group.width, generator=generator)[group.width // 2 :].sort().values
         for group in groups
     }
 
 
 @torch.no_grad()
-def compare(
-    model: nn.Module, groups: Sequence[CoupledGroup], removal: Removal, example: Tensor
-) -> str | None:
-    """Return how the network without the channels of `removal` differs from the one that has them at 0, or None."""
-    wanted = run_masked(model, groups, removal, example)
+def compare(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, example: Tensor) -> str | None:
+    """Return how the network of the `kept` channels differs from the one whose others are 0, or None."""
     try:
-        got = remove_coupled(model, groups, removal)(example)
+        pruned = remove_coupled(model, groups, kept)(example)
     except Exception as error:  # whatever a forward that counts on the old widths raises
         return f"the network does not run without them ({one_line(error)[:120]})"
-    difference = relative_change(wanted, got)
+    difference = relative_change(run_masked(model, groups, kept, example), pruned)
     return None if difference <= ROUNDING else f"removal changes the output by {difference:.1e} of its size"
 
 
@@ -82,56 +103,16 @@ def relative_change(wanted: Tensor, got: Tensor) -> float:
     return float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
-def run_masked(model: nn.Module, groups: Iterable[CoupledGroup], removal: Removal, example: Tensor) -> Tensor:
-    """Return the output for `example` of `model` with the channels of `removal` at 0 where their scales would sit."""
-    silenced: dict[str, list[int]] = defaultdict(list)
-    for group in groups:
-        for slot in group.scales:
-            silenced[slot.layer].extend(slot.holding(removal.get(group.name, ())))
-    handles = [
-        model.get_submodule(layer).register_forward_hook(_silence(positions))
-        for layer, positions in silenced.items()
-    ]
-    try:
-        output: Tensor = model(example)
-        return output
-    finally:
-        for handle in handles:
-            handle.remove()
+def run_masked(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, example: Tensor) -> Tensor:
+    """Return the output for `example` of `model` with all but the `kept` channels at 0 where their scales would sit."""
+    masked = share(model)
+    silence_positions(masked, groups, kept)
+    output: Tensor = masked(example)
+    return output
 
 
-def _silence(positions: list[int]) -> Callable[[nn.Module, object, Tensor], Tensor]:
-    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return output.index_fill(1, torch.tensor(positions, dtype=torch.long, device=output.device), 0)
-
-    return hook
-
-
-def remove_coupled(model: Model, groups: Iterable[CoupledGroup], removal: Removal) -> Model:
-    """Return a copy of `model` without the channels of `removal`, each weight a bit-exact slice.
-
-    Raises EmptySelectionError when that leaves a layer with none, or removes nothing.
-    """
-    gone: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for group in groups:
-        chosen = removal.get(group.name, ())
-        for slot in group.outputs:
-            gone["outputs", slot.layer].update(slot.holding(chosen))
-        for slot in group.inputs:
-            gone["inputs", slot.layer].update(slot.holding(chosen))
-    if not any(gone.values()):
-        raise EmptySelectionError("no channel was named: there is nothing to remove")
-    pruned = copy.deepcopy(model)
-    for (axis, name), positions in gone.items():
-        layer = pruned.get_submodule(name)
-        kept = torch.tensor([p for p in range(_count(layer, axis)) if p not in positions], dtype=torch.long)
-        if len(kept) == 0:
-            raise EmptySelectionError(f"nothing would be left of {name!r}; keep at least one channel")
-        if positions:
-            (keep_outputs if axis == "outputs" else keep_inputs)(layer, kept)
+def remove_coupled(model: nn.Module, groups: Iterable[ChannelGroup], kept: Kept) -> nn.Module:
+    """Return a copy of `model` with the `kept` channels alone, each weight a bit-exact slice."""
+    pruned = share(model)
+    remove_positions(pruned, groups, kept)
     return pruned
-
-
-def _count(layer: nn.Module, axis: str) -> int:
-    names = OUTPUT_WIDTHS if axis == "outputs" else INPUT_WIDTHS
-    return int(next(getattr(layer, name) for name in names if hasattr(layer, name)))

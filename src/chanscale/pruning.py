@@ -1,19 +1,28 @@
 """Physically remove channels: from the convolution, from the layers tied to it, from what consumes it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chanscale.attaching import Model
-from chanscale.channels import ChannelGroup, channel_groups
-from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
+from chanscale.channels import (
+    ChannelGroup,
+    Kept,
+    Model,
+    carried_groups,
+    carry_groups,
+    free_groups,
+    removed_positions,
+    require_fit,
+    shrink_groups,
+)
+from chanscale.errors import InexactRemovalError
 from chanscale.heads import PooledHead
-from chanscale.scaling import ChannelScale, ensure_affine
+from chanscale.scaling import add_scale, scale_of
 from chanscale.selection import ChannelSelection
-from chanscale.slicing import keep_inputs, keep_outputs, slice_like
+from chanscale.slicing import input_width, keep_inputs, keep_outputs, output_width
 
 ROUNDING = 1e-8
 """Largest change of an output that is rounding, relative to the largest output, both computed in fp64.
@@ -25,22 +34,30 @@ Sums taken in another order differ by 1e-13; the head's division by small deviat
 def prune_channels(model: Model, selection: ChannelSelection) -> Model:
     """Return a copy of `model` that holds the selected channels alone, each weight a bit-exact slice.
 
-    Groups that the selection does not name stay whole. Raises ModelError when the selection does not fit
-    the model, and EmptySelectionError when it removes nothing, or all of a group.
+    `model` carries its groups; those that the selection does not name stay whole. Raises ModelError when the
+    selection does not fit, and EmptySelectionError when it removes nothing, or all of a group.
     """
-    groups = _selected_groups(model, selection)
+    require_fit(free_groups(model), selection.kept)
+    groups = carried_groups(model) or ()
     # Tensors are shared until each has been cut: a copy of the whole first would double the memory.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     pruned = copy.deepcopy(model, dict(shared))
-    for group in groups:
-        kept = selection.kept[group.name]
-        for name in (group.name, *group.norms, *([group.scale] if group.scale else [])):
-            keep_outputs(pruned.get_submodule(name), kept)
-        for name in group.consumers:
-            consumer = pruned.get_submodule(name)
-            keep_inputs(consumer, _positions(consumer, kept, group.width))
+    remove_positions(pruned, groups, selection.kept)
     _own(pruned, shared)
-    return pruned
+    return carry_groups(pruned, shrink_groups(groups, selection.kept))
+
+
+def remove_positions(model: nn.Module, groups: Iterable[ChannelGroup], kept: Kept) -> None:
+    """Cut from each layer of `model`, in place, what holds a channel that is not `kept`; new tensors take its place."""
+    for (axis, name), gone in removed_positions(groups, kept).items():
+        layer = model.get_submodule(name)
+        if axis == "inputs":
+            keep_inputs(layer, _others(gone, input_width(layer)))
+            continue
+        stay = _others(gone, output_width(layer))
+        keep_outputs(layer, stay)
+        if scale := scale_of(layer):
+            keep_outputs(scale, stay)
 
 
 def mask_channels(model: Model, selection: ChannelSelection) -> Model:
@@ -52,25 +69,38 @@ def mask_channels(model: Model, selection: ChannelSelection) -> Model:
 
 def silence_channels(model: nn.Module, selection: ChannelSelection) -> None:
     """Set the channels of `model` that are not selected to exactly 0, in place; no tensor of it is written to."""
-    for group in _selected_groups(model, selection):
-        keep = torch.zeros(group.width, dtype=torch.bool)
-        keep[selection.kept[group.name]] = True
-        # Without a scale, the layer it would stand behind is silenced: 0 * x + 0.
-        layer = model.get_submodule(group.scale or group.anchor)
-        if isinstance(layer, nn.BatchNorm2d):
-            ensure_affine(layer, model.get_submodule(group.name).weight.device)  # type: ignore[arg-type]
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            values = _silence(parameter.detach(), keep)
-            setattr(layer, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
-        for head in map(model.get_submodule, group.consumers):
-            if isinstance(
-                head, PooledHead
-            ):  # a channel that is not there adds nothing, not even minus its old mean
-                head.mean = _silence(head.mean, keep)
+    groups = free_groups(model)
+    require_fit(groups, selection.kept)
+    silence_positions(model, groups, selection.kept)
 
 
-def _silence(values: Tensor, keep: Tensor) -> Tensor:
-    return values.masked_fill(~keep.to(values.device).view(-1, *[1] * (values.dim() - 1)), 0)
+def silence_positions(model: nn.Module, groups: Iterable[ChannelGroup], kept: Kept) -> None:
+    """Set to 0, in place, where their scales sit, the channels that are not `kept`; no tensor is written to."""
+    groups = tuple(groups)
+    gone = removed_positions(groups, kept)
+    for name in dict.fromkeys(site.layer for group in groups for site in group.sites):
+        layer = model.get_submodule(name)
+        scale = scale_of(layer) or add_scale(layer)
+        silent = _silence(scale.weight.detach(), gone.get(("outputs", name), []))
+        scale.weight = nn.Parameter(silent, requires_grad=scale.weight.requires_grad)
+    for head, positions in (
+        (model.get_submodule(name), p) for (axis, name), p in gone.items() if axis == "inputs"
+    ):
+        if isinstance(
+            head, PooledHead
+        ):  # a channel that is not there adds nothing, not even minus its old mean
+            head.mean = _silence(head.mean, positions)
+
+
+def _silence(values: Tensor, positions: list[int]) -> Tensor:
+    return values.index_fill(0, torch.tensor(positions, dtype=torch.long, device=values.device), 0)
+
+
+def _others(gone: Iterable[int], width: int) -> Tensor:
+    """Return the positions, out of `width`, that are not `gone`."""
+    stay = torch.ones(width, dtype=torch.bool)
+    stay[list(gone)] = False
+    return stay.nonzero().flatten()
 
 
 def share(model: Model) -> Model:
@@ -139,47 +169,3 @@ def _own(model: nn.Module, shared: Mapping[int, Tensor]) -> None:
         for name, buffer in module._buffers.items():
             if id(buffer) in shared:
                 module._buffers[name] = copy.deepcopy(buffer)
-
-
-def _selected_groups(model: nn.Module, selection: ChannelSelection) -> list[ChannelGroup]:
-    groups = {group.name: group for group in channel_groups(model)}
-    for name, kept in selection.kept.items():
-        if name not in groups:
-            raise ModelError(
-                f"the selection names {name!r}, which is no channel group; have {', '.join(groups)}"
-            )
-        _require_indices(kept, groups[name])
-    if all(len(kept) == groups[name].width for name, kept in selection.kept.items()):
-        raise EmptySelectionError("the selection keeps every channel: there is nothing to remove")
-    return [groups[name] for name in selection.kept]
-
-
-def _require_indices(kept: Tensor, group: ChannelGroup) -> None:
-    if len(kept) == 0:
-        raise EmptySelectionError(f"the selection keeps none of the {group.width} channels of {group.name!r}")
-    ascending = bool((kept[1:] > kept[:-1]).all())
-    if not ascending or kept[0] < 0 or kept[-1] >= group.width:
-        raise ModelError(
-            f"the indices for {group.name!r} must ascend within 0..{group.width - 1}; got {kept.tolist()[:8]}"
-        )
-
-
-@keep_outputs.register
-def _(layer: ChannelScale, kept: Tensor) -> None:
-    layer.weight = nn.Parameter(
-        slice_like(layer.weight.detach(), kept), requires_grad=layer.weight.requires_grad
-    )
-
-
-@keep_inputs.register
-def _(layer: PooledHead, kept: Tensor) -> None:
-    keep_inputs(layer.linear, kept)
-    layer.mean, layer.variance = slice_like(layer.mean, kept), slice_like(layer.variance, kept)
-
-
-def _positions(layer: nn.Module, kept: Tensor, width: int) -> Tensor:
-    """Return which inputs of `layer` hold the channels `kept` out of `width`: several each behind a flatten."""
-    if not isinstance(layer, nn.Linear):
-        return kept
-    each = layer.in_features // width
-    return (kept[:, None] * each + torch.arange(each)).flatten()

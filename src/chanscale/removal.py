@@ -7,7 +7,7 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
-from chanscale.attaching import Model
+from chanscale.channels import Model
 from chanscale.pruning import check_removal, output_change, prune_channels, share, silence_channels
 from chanscale.selection import ChannelSelection
 

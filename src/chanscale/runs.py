@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import nn
 
 from chanscale.artifact import ModelInfo, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
@@ -72,15 +71,18 @@ class RunFolder:
         path = self.partial / "splits.csv"
         return read_splits(path, images) if path.exists() else None
 
-    def load(self, trunk: nn.Module) -> tuple[TrainingState, dict[str, Any]] | None:
-        """Return the state of an interrupted run and its notes, if it had finished an epoch."""
+    def load(self, whole: Classifier) -> tuple[TrainingState, dict[str, Any]] | None:
+        """Return the state of an interrupted run and its notes, if it had finished an epoch.
+
+        `whole`: the classifier that it began with; it carries its groups.
+        """
         if not self._checkpoint.exists():
             return None
-        return load_checkpoint(self._checkpoint, self.config, trunk=trunk)
+        return load_checkpoint(self._checkpoint, self.config, whole=whole)
 
-    def save(self, state: TrainingState, info: ModelInfo, notes: Mapping[str, Any]) -> None:
+    def save(self, state: TrainingState, notes: Mapping[str, Any]) -> None:
         """Save `state` and `notes`, so that the run can go on after any interruption."""
-        save_checkpoint(state, info, notes, self._checkpoint)
+        save_checkpoint(state, notes, self._checkpoint)
 
     def finish(
         self, model: Classifier, info: ModelInfo, metrics: dict[str, Any], history: list[dict[str, Any]],

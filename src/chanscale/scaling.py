@@ -1,14 +1,18 @@
-"""Channel scales: one trainable weight on each output channel of a frozen convolution."""
+"""Channel scales, one trainable weight on each channel, and the frozen layers in front of them."""
 
-from typing import Any, Self, TypeVar, cast
+from functools import cache
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-Conv = TypeVar("Conv", bound=nn.Conv2d)
-Norm = TypeVar("Norm", bound=nn.BatchNorm2d)
+from chanscale.pooling import FrugalMaxPool2d
+
+SCALE = "channel_scale"
+"""What a layer calls the scale behind it."""
 
 
 class ChannelScale(nn.Module):
@@ -35,70 +39,121 @@ class ChannelScale(nn.Module):
         return f"{self.weight.numel()}, relu={self.relu}"
 
 
-class AbsorbedReLU(nn.Identity):
-    """Holds the place of a ReLU that the scale in front of it applies, until scales are merged."""
+def add_scale(layer: nn.Module, *, relu: bool = False) -> ChannelScale:
+    """Put a scale of 1 behind a convolution or a norm, in place, as its child; return it."""
+    width = int(layer.out_channels if isinstance(layer, _ConvNd) else layer.num_features)  # type: ignore[arg-type]
+    scale = ChannelScale(width, relu=relu, device=_device_of(layer))
+    layer.add_module(SCALE, scale)
+    layer.register_forward_hook(_apply_scale)
+    return scale
 
 
-class FrozenConv2d(nn.Conv2d):
-    """A convolution that is never trained, and so remembers none of its input; then the scale, if it has one."""
+def scale_of(layer: nn.Module) -> ChannelScale | None:
+    """Return the scale behind `layer`, if it has one."""
+    return cast(ChannelScale | None, layer._modules.get(SCALE))
 
-    scale: ChannelScale | None
 
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> Self:
-        """Return the frozen twin of `conv`; it shares the weights."""
-        frozen = _conv_like(conv, cls)
-        frozen.register_module("scale", None)
-        return frozen
+def drop_scale(layer: nn.Module) -> None:
+    """Take the scale behind `layer` away, in place."""
+    del layer._modules[SCALE]
+    for key in [key for key, hook in layer._forward_hooks.items() if hook is _apply_scale]:
+        del layer._forward_hooks[key]
 
-    def thaw(self) -> nn.Conv2d:
-        """Return the plain convolution with the same weights, without the scale."""
-        return _conv_like(self, nn.Conv2d)
+
+def _device_of(layer: nn.Module) -> torch.device | None:
+    tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    return tensors[0].device if tensors else None
+
+
+def _apply_scale(layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    return cast(Tensor, layer._modules[SCALE](output))  # type: ignore[misc]
+
+
+class AbsorbedReLU(nn.ReLU):
+    """A ReLU that the scale in front of it applies, until scales are merged."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution of `input`, scaled."""
-        output = super().forward(input)
-        return output if self.scale is None else cast(Tensor, self.scale(output))
+        """Return `input`."""
+        return input
+
+
+class FrozenConv(_ConvNd):
+    """A convolution that is never trained, and so remembers none of its input."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         numeric = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if numeric and torch.is_grad_enabled() and input.requires_grad:
+        in_batches = input.dim() == weight.dim()
+        if numeric and in_batches and torch.is_grad_enabled() and input.requires_grad:
             return _frozen_conv(input, weight, bias, self)
-        return cast(Tensor, super()._conv_forward(input, weight, bias))
+        output: Tensor = super()._conv_forward(input, weight, bias)  # type: ignore[misc]
+        return output
 
 
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that stays in eval under `train()` (batch statistics would cancel the scale); then the scale."""
-
-    scale: ChannelScale | None
-
-    @classmethod
-    def of(cls, norm: nn.BatchNorm2d) -> Self:
-        """Return the frozen twin of `norm`; it shares the weights and statistics."""
-        frozen = _norm_like(norm, cls)
-        frozen.register_module("scale", None)
-        return frozen.train()
-
-    def thaw(self) -> nn.BatchNorm2d:
-        """Return the plain norm with the same weights and statistics, without the scale."""
-        return _norm_like(self, nn.BatchNorm2d)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised `input`, scaled."""
-        output = super().forward(input)
-        return output if self.scale is None else cast(Tensor, self.scale(output))
+class FrozenNorm(nn.Module):
+    """A norm that stays in eval under `train()`: batch statistics would cancel the scale."""
 
     def train(self, mode: bool = True) -> Self:
-        """Let the scale follow `mode`; the norm stays in eval."""
+        """Stay in eval."""
         super().train(mode)
         self.training = False
         return self
 
 
-def ensure_affine(norm: nn.BatchNorm2d, device: torch.device) -> None:
-    """Give `norm`, in place, a weight of 1 and a bias of 0 if it has none."""
-    if norm.weight is None:
+class FrozenBatchNorm(FrozenNorm, _BatchNorm):
+    """A batch norm that is never trained, and so remembers none of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised `input`, (N, C, *)."""
+        if self.running_var is not None and torch.is_grad_enabled() and input.requires_grad:
+            return _frozen_norm(input, self)
+        return super().forward(input)
+
+
+def freeze(module: nn.Module) -> None:
+    """Make a convolution or norm, in place, what it is while scales are trained; leave any other layer as it is.
+
+    Outputs stay as they are, bit for bit; a max pooling remembers less.
+    """
+    if isinstance(module, nn.MaxPool2d) and module.return_indices:
+        return
+    module.__class__ = _frozen_class(type(module))  # type: ignore[arg-type]
+    module.train(module.training)  # a norm goes to eval
+
+
+def thaw(module: nn.Module) -> None:
+    """Undo `freeze`, in place; a ReLU that was absorbed acts again."""
+    if isinstance(module, AbsorbedReLU):
+        module.__class__ = nn.ReLU  # type: ignore[assignment]
+    else:
+        module.__class__ = getattr(type(module), "_thawed", type(module))
+
+
+@cache
+def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that computes what `kind` computes, without being trained."""
+    frozen: type[nn.Module]
+    if kind is nn.MaxPool2d:
+        frozen = FrugalMaxPool2d
+    elif issubclass(kind, _ConvNd) and getattr(kind, "_conv_forward", None) in _CONV_FORWARDS:
+        frozen = FrozenConv
+    elif issubclass(kind, _BatchNorm) and kind.forward is _BatchNorm.forward:
+        frozen = FrozenBatchNorm
+    elif issubclass(kind, _NormBase):  # a subclass may compute something else: only its mode is held
+        frozen = FrozenNorm
+    else:
+        return kind
+    # The frozen class first: what it overrides is all that differs.
+    return type(f"Frozen{kind.__name__}", (frozen, kind), {"_thawed": kind, "__module__": __name__})
+
+
+_CONV_FORWARDS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+
+
+def ensure_affine(norm: nn.Module) -> None:
+    """Give a norm, in place, a weight of 1 and a bias of 0 if it has none."""
+    if isinstance(norm, _NormBase) and norm.weight is None:
         norm.affine = True
+        device = norm.running_var.device if norm.running_var is not None else None
         norm.weight = nn.Parameter(torch.ones(norm.num_features, device=device), requires_grad=False)
         norm.bias = nn.Parameter(torch.zeros(norm.num_features, device=device), requires_grad=False)
 
@@ -131,57 +186,58 @@ class _ScaleReLU(torch.autograd.Function):
         return grad_z, grad_scale
 
 
-class _FrozenConv(torch.autograd.Function):
+class _FrozenConvolution(torch.autograd.Function):
     """A convolution whose gradient reaches its input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: _ConvNd) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.conv, ctx.input = conv, (x.shape, x.dtype)
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return convolve(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,), conv, (shape, dtype) = ctx.saved_tensors, ctx.conv, ctx.input
-        # Under autocast the fp32 weight was cast on the way in; keeping that copy would cost memory.
-        grad_x: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-            shape, weight.to(grad.dtype), grad, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+        # The gradient asks for the shape of the input, not for what was in it.
+        grad_x: Tensor = torch.ops.aten.convolution_backward(
+            grad, grad.new_empty(1).expand(shape),
+            # Under autocast the fp32 weight was cast on the way in; keeping that copy would cost memory.
+            weight.to(grad.dtype),
+            None, conv.stride, conv.padding, conv.dilation, False, [0], conv.groups, [True, False, False],
+        )[0]  # fmt: skip
         return grad_x.to(dtype), None, None, None
+
+
+class _FrozenNormalisation(torch.autograd.Function):
+    """A batch norm in eval, a constant factor for each channel, whose gradient reaches its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: _BatchNorm) -> Tensor:
+        ctx.norm = norm
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        factor = (ctx.norm.running_var + ctx.norm.eps).rsqrt()
+        return grad * _per_channel(
+            factor if ctx.norm.weight is None else factor * ctx.norm.weight, grad
+        ), None
 
 
 def _scale_relu(z: Tensor, scale: Tensor) -> Tensor:
     return cast(Tensor, _ScaleReLU.apply(z, scale))  # type: ignore[no-untyped-call]
 
 
-def _frozen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
-    return cast(Tensor, _FrozenConv.apply(x, weight, bias, conv))  # type: ignore[no-untyped-call]
+def _frozen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, conv: _ConvNd) -> Tensor:
+    return cast(Tensor, _FrozenConvolution.apply(x, weight, bias, conv))  # type: ignore[no-untyped-call]
+
+
+def _frozen_norm(x: Tensor, norm: _BatchNorm) -> Tensor:
+    return cast(Tensor, _FrozenNormalisation.apply(x, norm))  # type: ignore[no-untyped-call]
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
-
-
-def _conv_like(conv: nn.Conv2d, kind: type[Conv]) -> Conv:
-    twin = kind(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-        conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
-    )  # fmt: skip
-    _share_frozen(conv, twin)
-    return twin.train(conv.training)
-
-
-def _norm_like(norm: nn.BatchNorm2d, kind: type[Norm]) -> Norm:
-    twin = kind(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
-    _share_frozen(norm, twin)
-    return twin.train(norm.training)
-
-
-def _share_frozen(layer: nn.Module, twin: nn.Module) -> None:
-    """Let `twin` use the tensors of `layer`, as parameters of its own that need no gradient."""
-    for name, parameter in layer._parameters.items():
-        shared = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
-        twin.register_parameter(name, shared)
-    twin._buffers.update(layer._buffers)

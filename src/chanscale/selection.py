@@ -6,16 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from chanscale.channels import ChannelGroup, channel_groups
-from chanscale.costs import TrunkCost, Widths
-from chanscale.errors import BudgetError, EmptySelectionError, ModelError
+from chanscale.channels import Kept
+from chanscale.costs import TrunkCost
+from chanscale.errors import BudgetError, EmptySelectionError
+from chanscale.group_scales import GroupScales
+
+Widths = Mapping[str, int]
+"""How many channels each group has, by its name."""
 
 
 @dataclass(frozen=True)
 class ChannelSelection:
     """The channels that stay in each group: ascending indices, shape (kept,), by the group's name."""
 
-    kept: Mapping[str, Tensor]
+    kept: Kept
 
     @property
     def widths(self) -> dict[str, int]:
@@ -42,26 +46,12 @@ class WidthRule:
         return min(rounded, width)
 
 
-def scale_parameters(model: nn.Module, groups: tuple[ChannelGroup, ...]) -> dict[str, nn.Parameter]:
-    """Return the scale weights, shape (width,), of every group that has them, by the group's name.
-
-    Raises ModelError when none has.
-    """
-    found = {
-        group.name: model.get_submodule(group.scale).weight for group in groups if group.scale is not None
-    }
-    if not found:
-        raise ModelError("the network has no channel scales; call attach_scales first")
-    return found  # type: ignore[return-value]
-
-
 def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | None = None) -> ChannelSelection:
-    """Keep the channels whose |scale| is above `threshold`, and what the rule adds to them.
+    """Keep the channels whose norm, |scale| where there is one, is above `threshold`, and what the rule adds.
 
-    Raises EmptySelectionError when that would empty a group, or remove nothing at all.
+    `model`: with scales. Raises EmptySelectionError when that would empty a group, or remove nothing at all.
     """
-    scales = scale_parameters(model, channel_groups(model))
-    importance = {name: scale.detach().abs() for name, scale in scales.items()}
+    importance = GroupScales(model).norms()
     for name, values in importance.items():
         if not (values > threshold).any():
             raise EmptySelectionError(
@@ -81,7 +71,7 @@ def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | Non
 def keep_above(importance: Mapping[str, Tensor], *, threshold: float, rule: WidthRule) -> ChannelSelection:
     """Keep each group's channels above `threshold`, and the next best ones until its width obeys the rule."""
     wanted = {name: int((values > threshold).sum()) for name, values in importance.items()}
-    return _keep_largest(importance, _apply(rule, wanted, importance))
+    return _take(_by_size(importance), _apply(rule, wanted, importance))
 
 
 def keep_within(
@@ -97,29 +87,37 @@ def keep_within(
     values = torch.cat([importance[name] for name in names]).cpu()
     order = values.argsort(stable=True)
     group_of = torch.cat([torch.full((len(importance[name]),), i) for i, name in enumerate(names)])[order]
+    largest = _by_size(importance)
 
     def widths_after(removed: int) -> dict[str, int]:
         gone = torch.bincount(group_of[:removed], minlength=len(names)).tolist()
         return _apply(rule, {n: len(importance[n]) - g for n, g in zip(names, gone, strict=True)}, importance)
 
+    def cost_after(removed: int) -> int:
+        return cost.of(of, {name: largest[name][:width] for name, width in widths_after(removed).items()})
+
     low, high = 0, len(order)
-    if cost.of(of, widths_after(high)) > limit:
+    if cost_after(high) > limit:
         raise BudgetError(
             f"at most {limit:,.0f} {of} are to be kept, but the smallest widths allowed hold "
-            f"{cost.of(of, widths_after(high)):,}. Lower the budget, min_channels or round_to"
+            f"{cost_after(high):,}. Lower the budget, min_channels or round_to"
         )
     while low < high:  # the cost falls with every removal, so the first that fits is found by bisection
         middle = (low + high) // 2
-        low, high = (low, middle) if cost.of(of, widths_after(middle)) <= limit else (middle + 1, high)
+        low, high = (low, middle) if cost_after(middle) <= limit else (middle + 1, high)
     last = float(values[order[low - 1]]) if low else 0.0
-    return _keep_largest(importance, widths_after(low)), last
+    return _take(largest, widths_after(low)), last
 
 
 def _apply(rule: WidthRule, wanted: Widths, importance: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: rule.apply(name, width, len(importance[name])) for name, width in wanted.items()}
 
 
-def _keep_largest(importance: Mapping[str, Tensor], widths: Widths) -> ChannelSelection:
+def _by_size(importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the channels of each group, the most important first."""
     # Stable, where `topk` is not: equal scales are told apart in the same way on every machine.
-    orders = {name: values.cpu().argsort(descending=True, stable=True) for name, values in importance.items()}
-    return ChannelSelection({name: order[: widths[name]].sort().values for name, order in orders.items()})
+    return {name: values.cpu().argsort(descending=True, stable=True) for name, values in importance.items()}
+
+
+def _take(largest: Mapping[str, Tensor], widths: Widths) -> ChannelSelection:
+    return ChannelSelection({name: order[: widths[name]].sort().values for name, order in largest.items()})

@@ -1,10 +1,10 @@
 """How hard the scales are pressed: the L1 step that reaches the budget at the end of the phase, found as it goes.
 
-Channels leave in the order of |scale| / weight, their importance. Of all channels that must go to meet the
-budget, the most important one is the pivot. Each batch takes the pivot's importance, divided by the batches
-that are left, off the pivot. If the data pull the pivot up, the next step is larger, so it is 0 with the last
-batch, whatever happens: nobody tunes the penalty, the budget is met, and every channel that is removed has a
-scale of exactly 0.
+Channels leave in the order of |scale| / weight, their importance (of tied channels: of the norm of their scales).
+Of all channels that must go to meet the budget, the most important one is the pivot. Each batch takes the pivot's
+importance, divided by the batches that are left, off the pivot. If the data pull the pivot up, the next step is
+larger, so it is 0 with the last batch, whatever happens: nobody tunes the penalty, the budget is met, and every
+channel that is removed has scales of exactly 0.
 
 Plain L1 takes the same off every other scale. At first that is right: all channels feel the same pressure, and
 those that matter show it by holding on. In the end it shrinks what stays along with what goes, and thirteen
@@ -13,20 +13,17 @@ much: more off the small, little off the large (reweighted L1, Candes, Wakin & B
 concavity grows from 0 to its full value along the phase (graduated non-convexity, Blake & Zisserman 1987).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from chanscale.channels import Kept
 from chanscale.config import FitConfig, Weighting
 from chanscale.costs import TrunkCost
 from chanscale.errors import BudgetError
-from chanscale.scaling import soft_threshold
+from chanscale.group_scales import GroupScales
 from chanscale.selection import ChannelSelection, WidthRule, keep_above, keep_within
-
-Scales = Mapping[str, nn.Parameter]
-"""The scale weights of each group, shape (width,), by the group's name."""
 
 TINY = 1e-12
 
@@ -48,46 +45,52 @@ class Pace:
 class BudgetPenalty:
     """The L1 penalty on the scales of a network, and the selections that it leads to.
 
-    `cost` counts the channels of the whole network; `rule` says what widths may be left.
+    `whole` counts the channels of the whole network, `cost` those that are left; `rule` says what widths may be.
     """
 
-    def __init__(self, cost: TrunkCost, rule: WidthRule, config: FitConfig) -> None:
-        self.cost, self.rule, self.config = cost, rule, config
+    def __init__(self, whole: TrunkCost, rule: WidthRule, config: FitConfig) -> None:
+        self.whole, self.rule, self.config = whole, rule, config
+        self.cost = whole
+        # At full widths: at those of the moment, a layer's cost would fall with its neighbours and spare it.
+        self._weights = channel_weights(config.weigh_by, whole)
 
-    def pivot(self, scales: Scales, pace: Pace) -> float:
+    def follow(self, kept: Kept) -> None:
+        """Count from now on in the network that has only the channels `kept` of the whole one."""
+        self.cost = self.whole.keep(kept)
+
+    def pivot(self, scales: GroupScales, pace: Pace) -> float:
         """Return the importance of the most important channel that must go to meet the budget."""
         return self.select_within(scales, pace.budget)[1]
 
-    def step_size(self, scales: Scales, pace: Pace) -> float:
+    def step_size(self, scales: GroupScales, pace: Pace) -> float:
         """Return what to take off the pivot now, to have it at 0 with the last batch."""
         return self.pivot(scales, pace) / pace.batches_left
 
     @torch.no_grad()
-    def shrink(self, scales: Scales, pace: Pace) -> float:
+    def shrink(self, scales: GroupScales, pace: Pace) -> float:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
         pivot = self.pivot(scales, pace)
         step, factors = pivot / pace.batches_left, self._factors(scales, pivot, pace)
+        steps = {name: factor * step for name, factor in factors.items()}
         for name, importance in self._importance(scales).items():
-            shrunk = soft_threshold(scales[name], factors[name] * step)
             # Said outright: a weight that is divided by and multiplied with may leave a last bit.
-            scales[name].copy_(torch.where(importance <= step, 0, shrunk))
+            steps[name] = steps[name].masked_fill(importance <= step, torch.inf)
+        scales.shrink(steps)
         return step
 
     @torch.no_grad()
-    def add_gradient(self, scales: Scales, pace: Pace, *, lr: float) -> float:
+    def add_gradient(self, scales: GroupScales, pace: Pace, *, lr: float) -> float:
         """Add the penalty's gradient to that of each scale, the paper's variant; return the step it aims at.
 
         It is measured in root mean squares of the data's gradient, which Adam turns into steps of `lr`.
         """
         pivot = self.pivot(scales, pace)
         step, factors = pivot / pace.batches_left, self._factors(scales, pivot, pace)
-        gradients = {name: scale.grad for name, scale in scales.items() if scale.grad is not None}
-        rms = torch.cat(list(gradients.values())).square().mean().sqrt()
-        for name, gradient in gradients.items():
-            gradient += scales[name].sign() * factors[name] * (rms * step / lr)
+        rms = scales.gradient_rms()
+        scales.add_to_gradients({name: factor * (rms * step / lr) for name, factor in factors.items()})
         return step
 
-    def select_within(self, scales: Scales, budget: float) -> tuple[ChannelSelection, float]:
+    def select_within(self, scales: GroupScales, budget: float) -> tuple[ChannelSelection, float]:
         """Select the most important channels that the budget allows; return the pivot's importance with them.
 
         Raises BudgetError when the allowed widths cannot meet it.
@@ -97,7 +100,7 @@ class BudgetPenalty:
             self._importance(scales), cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule
         )
 
-    def allows(self, scales: Scales, budget: float) -> bool:
+    def allows(self, scales: GroupScales, budget: float) -> bool:
         """Whether the allowed widths can meet `budget`."""
         try:
             self.select_within(scales, budget)
@@ -105,46 +108,37 @@ class BudgetPenalty:
             return False
         return True
 
-    def select_reached(self, scales: Scales, budget: float) -> ChannelSelection:
+    def select_reached(self, scales: GroupScales, budget: float) -> ChannelSelection:
         """Select the channels above the threshold, but do not go further than the budget."""
-        values = {name: scale.detach().abs() for name, scale in scales.items()}
-        selection = keep_above(values, threshold=self.config.cut, rule=self.rule)
-        if self.cost.of(self.config.budget_of, selection.widths) > self._limit(budget):
+        selection = keep_above(scales.norms(), threshold=self.config.cut, rule=self.rule)
+        if self.cost.of(self.config.budget_of, selection.kept) > self._limit(budget):
             return selection
         return self.select_within(scales, budget)[0]
 
     def _limit(self, budget: float) -> float:
-        return (1 - budget) * self.cost.of(self.config.budget_of)
+        return (1 - budget) * self.whole.of(self.config.budget_of)
 
-    def _factors(self, scales: Scales, pivot: float, pace: Pace) -> dict[str, Tensor]:
+    def _factors(self, scales: GroupScales, pivot: float, pace: Pace) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
         exponent = self.config.concavity * pace.progress
-        weights = self._weights(scales)
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.
         return {
-            name: weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
+            name: self._weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
             for name, values in self._importance(scales).items()
         }
 
-    def _importance(self, scales: Scales) -> dict[str, Tensor]:
-        weights = self._weights(scales)
-        return {name: scale.detach().abs() / weights[name] for name, scale in scales.items()}
-
-    def _weights(self, scales: Scales) -> dict[str, float]:
-        # At full widths: at those of the moment, a layer's cost would fall with its neighbours and spare it.
-        full = {conv.name: conv.outputs for conv in self.cost.convolutions}
-        widths = {name: full[name] for name in scales}
-        return channel_weights(self.config.weigh_by, self.cost, widths)
+    def _importance(self, scales: GroupScales) -> dict[str, Tensor]:
+        return {name: norms / self._weights[name] for name, norms in scales.norms().items()}
 
 
-def channel_weights(weigh_by: Weighting, cost: TrunkCost, widths: Mapping[str, int]) -> dict[str, float]:
+def channel_weights(weigh_by: Weighting, cost: TrunkCost) -> dict[str, float]:
     """Return what one unit of penalty weighs on a channel of each group; their mean over channels is 1.
 
     The fourth root tempers the costs, which differ by a factor of 15 between the layers of VGG16: with the plain
     cost, or its square root, the layers in the middle run dry before the first ones lose a channel.
     """
     if weigh_by == "uniform":
-        return dict.fromkeys(widths, 1.0)
-    roots = {name: saved**0.25 for name, saved in cost.per_channel(weigh_by, widths).items()}
-    mean = sum(roots[name] * width for name, width in widths.items()) / sum(widths.values())
+        return dict.fromkeys(cost.widths, 1.0)
+    roots = {name: saved**0.25 for name, saved in cost.per_channel(weigh_by).items()}
+    mean = sum(roots[name] * width for name, width in cost.widths.items()) / sum(cost.widths.values())
     return {name: root / mean for name, root in roots.items()}

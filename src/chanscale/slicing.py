@@ -9,10 +9,29 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chanscale.errors import ModelError
+from chanscale.heads import PooledHead
+from chanscale.scaling import ChannelScale
 
 OUTPUT_WIDTHS = ("out_channels", "num_features", "out_features", "num_parameters")
 INPUT_WIDTHS = ("in_channels", "in_features")
 """What layers call the number of their outputs, and of their inputs."""
+
+
+def output_width(layer: nn.Module) -> int:
+    """Return the number of positions along the outputs of `layer`."""
+    return _width(layer, OUTPUT_WIDTHS)
+
+
+def input_width(layer: nn.Module) -> int:
+    """Return the number of positions along the inputs of `layer`."""
+    return _width(layer.linear if isinstance(layer, PooledHead) else layer, INPUT_WIDTHS)
+
+
+def _width(layer: nn.Module, names: tuple[str, ...]) -> int:
+    for name in names:
+        if hasattr(layer, name):
+            return int(getattr(layer, name))
+    raise ModelError(f"a {type(layer).__name__} has no channels to count")
 
 
 @singledispatch
@@ -72,11 +91,23 @@ def _(layer: nn.Linear, kept: Tensor) -> None:
     _slice(layer, "weight", kept, dim=1)
 
 
+@keep_outputs.register
+def _(layer: ChannelScale, kept: Tensor) -> None:
+    _slice(layer, "weight", kept)
+
+
+@keep_inputs.register
+def _(layer: PooledHead, kept: Tensor) -> None:
+    keep_inputs(layer.linear, kept)
+    for name in ("mean", "variance"):
+        _slice(layer, name, kept)
+
+
 def _slice(layer: nn.Module, name: str, kept: Tensor, *, dim: int = 0) -> None:
     old = getattr(layer, name)
     if old is None:
         return
-    new = slice_like(old.detach(), kept, dim=dim)
+    new = _slice_like(old.detach(), kept, dim=dim)
     setattr(
         layer,
         name,
@@ -84,7 +115,7 @@ def _slice(layer: nn.Module, name: str, kept: Tensor, *, dim: int = 0) -> None:
     )
 
 
-def slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:
+def _slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:
     """Return `values[kept]` along `dim`, in the memory layout of `values`."""
     sliced = values.index_select(dim, kept.to(values.device))
     channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)

@@ -4,12 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from chanscale.channels import channel_groups
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
-from chanscale.selection import scale_parameters
+from chanscale.group_scales import scale_parameters
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,13 @@ def move_state(state: TrainingState, device: torch.device) -> None:
         moments.update({key: value.to(device) for key, value in moments.items() if key != "step"})
 
 
-def scales_of(model: Classifier) -> dict[str, nn.Parameter]:
-    """Return the scale weights of each group, shape (width,), by the group's name."""
-    return scale_parameters(model, channel_groups(model))
-
-
 def make_optimizer(model: Classifier, config: FitConfig) -> torch.optim.Adam:
     """Return Adam over the scales and the head, in this order, and freeze all else.
 
     No weight decay on the scales: it would shrink the useful ones with the rest.
     """
     model.requires_grad_(False)
-    scales, head = list(scales_of(model).values()), list(model.head.parameters())
+    scales, head = list(scale_parameters(model).values()), list(model.head.parameters())
     for parameter in scales + head:
         parameter.requires_grad_(True)
     return torch.optim.Adam([{"params": scales}, {"params": head}], lr=config.head_lr)

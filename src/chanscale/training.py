@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from chanscale.attaching import attach_scales
-from chanscale.channels import ChannelGroup, channel_groups
+from chanscale.channels import ChannelGroup, free_groups
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
@@ -14,12 +14,15 @@ from chanscale.data.splits import Splits
 from chanscale.devices import make_fabric
 from chanscale.epochs import EpochRunner
 from chanscale.errors import TrainingError
+from chanscale.group_scales import GroupScales
+from chanscale.heads import PooledHead
 from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
+from chanscale.proof import channel_groups
 from chanscale.schedule import Moment, plan_epochs
 from chanscale.selection import WidthRule
 from chanscale.shrinking import BudgetPenalty
-from chanscale.state import Best, TrainingState, make_optimizer, move_state, scales_of
+from chanscale.state import Best, TrainingState, make_optimizer, move_state
 
 
 def fit(
@@ -34,13 +37,14 @@ def fit(
 ) -> Best:
     """Scale, select, remove and refine as `config` says; return the best epoch that meets the budget.
 
-    `model` is not changed. With the `state` of an earlier call it goes on from there; `save` is called with
-    the state after each epoch. Raises TrainingError, BudgetError, InexactRemovalError.
+    `model` is not changed; it is traced, unless it carries its groups. With the `state` of an earlier call it goes
+    on from there; `save` is called with the state after each epoch. Raises TrainingError, BudgetError,
+    InexactRemovalError.
     """
     state = state or start(model, data, splits, config)
-    groups = channel_groups(model)
+    groups = channel_groups(model, data.batch(splits.train[:2])[0])
     cost = trunk_cost(model, groups, data.batch(splits.train[:1])[0])
-    penalty = BudgetPenalty(cost, width_rule(groups, config), config)
+    penalty = BudgetPenalty(cost, width_rule(model, groups, config), config)
     runner = EpochRunner(data, splits, penalty, config, watcher or Watcher())
     move_state(state, runner.fabric.device)
     for moment in plan_epochs(config):
@@ -60,22 +64,26 @@ def fit(
 
 def start(model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig) -> TrainingState:
     """Attach scales to `model` and fit its head to the frozen features: where training starts from."""
-    scaled = to_channels_last(attach_scales(model)).to(make_fabric(config).device)
+    groups = channel_groups(model, data.batch(splits.train[:2])[0])
+    scaled = to_channels_last(attach_scales(model, groups)).to(make_fabric(config).device)
     fit_probe(scaled, data, splits.train, batch_size=config.micro_batch)
-    kept = {group.name: torch.arange(group.width) for group in channel_groups(scaled)}
+    kept = {group.name: torch.arange(group.width) for group in free_groups(scaled)}
     return TrainingState(scaled, make_optimizer(scaled, config), kept)
 
 
-def width_rule(groups: tuple[ChannelGroup, ...], config: FitConfig) -> WidthRule:
-    """Return what widths `config` allows. The layer before the head is not rounded unless it says so.
+def width_rule(model: Classifier, groups: tuple[ChannelGroup, ...], config: FitConfig) -> WidthRule:
+    """Return what widths `config` allows. What the head of `model` takes in is not rounded unless it says so.
 
     A few channels there cost a CPU nothing to speak of, and are worth more to a reader.
     """
-    unrounded = frozenset() if config.round_last else frozenset({groups[-1].name})
+    heads = {name for name, module in model.named_modules() if isinstance(module, PooledHead)}
+    last = {group.name for group in groups if heads & {slot.layer for slot in group.inputs}}
+    unrounded = frozenset() if config.round_last else frozenset(last)
     return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded)
 
 
 def _goes_on(state: TrainingState, penalty: BudgetPenalty, moment: Moment) -> bool:
     """Whether the stage before `moment` was accepted, and there is a network small enough for the next."""
     accepted = state.best is not None and state.best.row["stage"] == moment.stage - 1
-    return accepted and penalty.allows(scales_of(state.model), moment.budget)
+    penalty.follow(state.kept)
+    return accepted and penalty.allows(GroupScales(state.model), moment.budget)

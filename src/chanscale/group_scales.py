@@ -1,0 +1,112 @@
+"""The scales of a network, told by group: a channel has as many as its group has sites, and they act as one."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from chanscale.channels import free_groups
+from chanscale.errors import ModelError
+from chanscale.scaling import SCALE, ChannelScale, soft_threshold
+
+
+def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the scale weights, shape (width,), behind every layer that has some, by the layer's name."""
+    return {
+        name.removesuffix(SCALE).removesuffix("."): module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, ChannelScale)
+    }
+
+
+class GroupScales:
+    """All scales of a network in a row, and which channel of which group each belongs to.
+
+    The norm of a channel is the root mean square of its scales: |scale| where it has one. Tied channels, as on a
+    residual stream, so share one threshold, and leave together (group lasso, Yuan & Lin 2006).
+    Raises ModelError when the network has no scales.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        groups = free_groups(model)
+        self.parameters = scale_parameters(model)
+        if not self.parameters:
+            raise ModelError("the network has no channel scales; call attach_scales first")
+        self.widths = {group.name: group.width for group in groups}
+        starts = _starts({layer: len(scale) for layer, scale in self.parameters.items()})
+        firsts = _starts(self.widths)
+        placed = [
+            (starts[site.layer] + position, firsts[group.name] + channel)
+            for group in groups
+            for site in group.sites
+            for position, channel in zip(site.positions, site.channels, strict=True)
+        ]
+        device = next(iter(self.parameters.values())).device
+        self._places, self._channels = torch.tensor(placed, device=device).T
+        self._counts = torch.bincount(self._channels, minlength=sum(self.widths.values()))
+
+    def norms(self) -> dict[str, Tensor]:
+        """Return the norm of each channel, shape (width,), by the group's name."""
+        return self._by_group(self._norms())
+
+    @torch.no_grad()
+    def shrink(self, steps: Mapping[str, Tensor]) -> None:
+        """Take `steps`, shape (width,), off the norms of each group, in place: the group soft-threshold.
+
+        s / |s| * max(|s| - step, 0): the proximal operator of step * |s| (Parikh & Boyd 2014, 6.5.1).
+        """
+        left = soft_threshold(self._norms(), torch.cat([steps[name] for name in self.widths]))
+        row = self._row(self.parameters)
+        row[self._places] = self._directions() * left[self._channels]
+        self._write(row, self.parameters)
+
+    @torch.no_grad()
+    def add_to_gradients(self, slopes: Mapping[str, Tensor]) -> None:
+        """Add to the gradients that of a penalty whose slope along each norm is `slopes`, shape (width,)."""
+        gradients = {layer: scale.grad for layer, scale in self.parameters.items() if scale.grad is not None}
+        row = self._row(gradients)
+        row[self._places] += self._directions() * torch.cat([slopes[n] for n in self.widths])[self._channels]
+        self._write(row, gradients)
+
+    def gradient_rms(self) -> Tensor:
+        """Return the root mean square of all gradients of the scales."""
+        return (
+            self._row({layer: s.grad for layer, s in self.parameters.items()})[self._places]
+            .square()
+            .mean()
+            .sqrt()
+        )
+
+    def _norms(self) -> Tensor:
+        # In fp64, where the root of a square is the number it was: one scale alone has its |s|, to the last bit.
+        squares = self._row(self.parameters)[self._places].double().square()
+        sums = torch.zeros(len(self._counts), dtype=torch.float64, device=squares.device)
+        return (sums.index_add(0, self._channels, squares) / self._counts).sqrt().float()
+
+    def _directions(self) -> Tensor:
+        """Return each scale divided by the norm of its channel; 0 where that is 0."""
+        norms = self._norms()[self._channels]
+        return torch.where(norms > 0, self._row(self.parameters)[self._places] / norms.clamp_min(1e-30), 0.0)
+
+    def _by_group(self, values: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.widths, torch.split(values, list(self.widths.values())), strict=True))
+
+    @staticmethod
+    def _row(tensors: Mapping[str, Tensor | None]) -> Tensor:
+        return torch.cat([tensor.detach() for tensor in tensors.values() if tensor is not None])
+
+    @staticmethod
+    def _write(row: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        for tensor, values in zip(
+            tensors.values(), torch.split(row, [len(tensor) for tensor in tensors.values()]), strict=True
+        ):
+            tensor.copy_(values)
+
+
+def _starts(lengths: Mapping[str, int]) -> dict[str, int]:
+    """Return where each part begins when parts of these lengths lie in a row."""
+    starts, total = {}, 0
+    for name, length in lengths.items():
+        starts[name] = total
+        total += length
+    return starts
