@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from chanscale.errors import ConfigError
+from chanscale.vgg import VGG16Trunk, vgg16_names
 from chanscale.weight_sources import Progress, Source, UrlSource, WheelSource
 
 ChannelOrder = Literal["rgb", "bgr"]
@@ -84,53 +85,6 @@ def _are_numbers(values: Any, count: int) -> bool:
     return is_list and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
-class VGG16Trunk(nn.Module):
-    """The 13 convolutions of VGG16, with torchvision's names; random weights until some are loaded.
-
-    Input: (N, 3, H, W), preprocessed, H and W at least 32. Output: (N, 512, H // 32, W // 32).
-    Simonyan & Zisserman 2014, configuration D, without batch norm.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width, depth in _VGG16_BLOCKS:
-            for _ in range(depth):
-                layers += [_convolution(channels, width), nn.ReLU(inplace=True)]
-                channels = width
-            layers.append(nn.MaxPool2d(2, 2))
-        self.features = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the last feature map."""
-        return cast(Tensor, self.features(x))
-
-
-_VGG16_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
-    # He et al. 2015: the variance survives 13 layers, which torch's own default lets fade.
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-    return convolution
-
-
-def _vgg16_names(*, weight: str, bias: str) -> dict[str, str]:
-    """Our tensor names -> those of a file that calls the convolutions block1_conv1, block1_conv2, ..."""
-    names, index = {}, 0
-    for block, (_, depth) in enumerate(_VGG16_BLOCKS, start=1):
-        for conv in range(1, depth + 1):
-            layer = f"block{block}_conv{conv}"
-            names[f"features.{index}.weight"] = weight.format(layer)
-            names[f"features.{index}.bias"] = bias.format(layer)
-            index += 2
-        index += 1
-    return names
-
-
 @dataclass(frozen=True)
 class Backbone:
     """A pretrained network: how it is built, what it eats, how large it was, and where its weights are.
@@ -172,8 +126,8 @@ _VGG16 = Backbone(
         ),
     ),
     names={
-        ".h5": _vgg16_names(weight="{}", bias="{}"),
-        ".onnx": _vgg16_names(
+        ".h5": vgg16_names(weight="{}", bias="{}"),
+        ".onnx": vgg16_names(
             weight="functional_1/{}_1/convolution/ReadVariableOp:0", bias="functional_1/{}_1/Squeeze:0"
         ),
     },
