@@ -90,7 +90,8 @@ class Backbone:
     """A pretrained network: how it is built, what it eats, how large it was, and where its weights are.
 
     `full_parameters` counts the published network, `trunk_parameters` what `build` returns. `names` gives,
-    for each file format, the names its tensors bear there. The digests are in `<name>_manifest.json`.
+    for each file format, the names its tensors bear there. The tensors' digests are in `<name>_manifest.json`;
+    `digests` has those of whole files, for the formats that nobody should open unless they are the published ones.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Backbone:
     origin: str
     sources: tuple[Source, ...] = ()
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 _VGG16 = Backbone(
