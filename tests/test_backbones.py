@@ -1,4 +1,4 @@
-"""The table of backbones, the VGG16 trunk and the preprocessing that belongs to it."""
+"""The table of backbones, and the preprocessing that belongs to each."""
 
 import dataclasses
 import json
@@ -13,14 +13,11 @@ from chanscale.backbones import (
     BACKBONES,
     Backbone,
     Preprocessing,
-    VGG16Trunk,
     build_backbone,
     find_backbone,
     load_backbone,
 )
 from chanscale.errors import ConfigError
-
-CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's vgg16().features
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -34,9 +31,10 @@ def test_manifest_lists_every_tensor_of_the_trunk(name):
     state = build_backbone(name).state_dict()
     manifest = weights.read_manifest(name)
     assert {key: entry.shape for key, entry in manifest.items()} == {
-        key: tuple(tensor.shape) for key, tensor in state.items()
+        key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")
     }
     assert len({entry.sha256 for entry in manifest.values()}) == len(manifest)
+    assert {entry.dtype for entry in manifest.values()} == {"float32"}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -45,31 +43,9 @@ def test_name_tables_cover_every_tensor_once(name):
         assert set(table) == set(weights.read_manifest(name))
 
 
-def test_trunk_bears_torchvision_names():
-    trunk = VGG16Trunk()
-    assert len(trunk.features) == 31
-    assert list(trunk.state_dict()) == [
-        f"features.{i}.{part}" for i in CONVOLUTIONS for part in ("weight", "bias")
-    ]
-    assert all(isinstance(trunk.features[i + 1], nn.ReLU) for i in CONVOLUTIONS)
-    assert [i for i, layer in enumerate(trunk.features) if isinstance(layer, nn.MaxPool2d)] == [
-        4,
-        9,
-        16,
-        23,
-        30,
-    ]
-
-
-def test_trunk_returns_the_last_feature_map():
-    with torch.no_grad():
-        assert VGG16Trunk()(torch.rand(2, 3, 32, 64)).shape == (2, 512, 1, 2)
-
-
-def test_random_trunk_neither_fades_nor_explodes():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        assert 0.1 < VGG16Trunk()(torch.randn(2, 3, 64, 64)).std() < 10
+def test_every_pickle_in_the_table_has_a_digest():
+    for backbone in BACKBONES.values():
+        assert set(backbone.digests) == set(backbone.names) & {".pth"}
 
 
 def test_vgg16_preprocessing_is_the_keras_one():
@@ -77,6 +53,14 @@ def test_vgg16_preprocessing_is_the_keras_one():
     # keras.applications.imagenet_utils, mode "caffe", written out for channels first
     wanted = pixels[:, ::-1] * np.float32(255) - np.float32([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1)
     got = find_backbone("vgg16").preprocessing()(torch.from_numpy(pixels))
+    np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+def test_efficientnet_preprocessing_is_the_one_of_its_authors():
+    pixels = np.random.default_rng(0).random((2, 3, 4, 5), dtype=np.float32)
+    # efficientnet_lite_builder.py: MEAN_RGB 127, STDDEV_RGB 128, on 0 to 255; not ImageNet's own figures
+    wanted = (pixels * np.float32(255) - np.float32(127)) / np.float32(128)
+    got = find_backbone("efficientnet_lite0").preprocessing()(torch.from_numpy(pixels))
     np.testing.assert_array_equal(got.numpy(), wanted)
 
 
@@ -144,7 +128,7 @@ def test_foreign_preprocessing_settings_are_refused(settings):
 
 @pytest.mark.parametrize("function", [find_backbone, build_backbone, load_backbone])
 def test_unknown_backbone_lists_the_known_ones(function):
-    with pytest.raises(ConfigError, match=r"one of vgg16\. Got 'vgg61' instead"):
+    with pytest.raises(ConfigError, match=r"one of efficientnet_lite0, vgg16\. Got 'vgg61' instead"):
         function("vgg61")
 
 

@@ -360,7 +360,7 @@ def test_a_network_is_inspected(capsys):
 @pytest.mark.parametrize(
     ("network", "said"),
     [
-        ("vgg17", "must be one of vgg16"),
+        ("vgg17", "must be one of efficientnet_lite0, vgg16"),
         ("keras:VGG16", "'keras' is no source of networks"),
         ("monai:VGG99", "monai does not build 'VGG99'"),
     ],
@@ -379,13 +379,15 @@ def test_weights_can_be_listed(tmp_path, monkeypatch, capsys):
     assert cli.run(["weights", "list"]) == 0
     out = " ".join(words(capsys)[0].split())
     assert "vgg16 not fetched 58.9 MB" in out
+    assert "efficientnet_lite0 not fetched 13.7 MB" in out
     assert f"Cache: {tmp_path}" in out
-    for source in BACKBONES["vgg16"].sources:
+    for source in (source for backbone in BACKBONES.values() for source in backbone.sources):
         assert f"{source.filename} ({source.manual})" in out
     assert cli.run(["weights", "list", "--json"]) == 0
-    [listed] = json.loads(words(capsys)[0])
-    assert (listed["name"], listed["path"]) == ("vgg16", None)
-    assert set(listed["files"]) == {source.filename for source in BACKBONES["vgg16"].sources}
+    listed = json.loads(words(capsys)[0])
+    assert [(item["name"], item["path"]) for item in listed] == [(name, None) for name in BACKBONES]
+    for item, backbone in zip(listed, BACKBONES.values(), strict=True):
+        assert set(item["files"]) == {source.filename for source in backbone.sources}
 
 
 def test_fetched_weights_are_named(tmp_path, monkeypatch, capsys):

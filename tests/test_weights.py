@@ -4,6 +4,7 @@ No test here uses the network: addresses are file://.
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
 import subprocess
@@ -28,13 +29,27 @@ from chanscale.weights import (
     resolve_weights,
     weights_status,
 )
-from tiny_weights import FORMATS, NAMES, TENSORS, WHEEL, Tiny, equal, one_line_of, url_source, write
+from tiny_weights import (
+    DIGESTS,
+    FORMATS,
+    NAMES,
+    PICKLES,
+    TENSORS,
+    TORCH_WHEEL,
+    WHEEL,
+    Tiny,
+    equal,
+    one_line_of,
+    published,
+    url_source,
+    write,
+)
 
 REAL_WEIGHTS = cache_path("vgg16")  # before the fixture moves the cache
 
 
-def set_sources(monkeypatch, *sources):
-    entry = Backbone("tiny", Tiny, Preprocessing, 200, 112, "MIT", "here", sources, NAMES)
+def set_sources(monkeypatch, *sources, digests=DIGESTS):
+    entry = Backbone("tiny", Tiny, Preprocessing, 200, 112, "MIT", "here", sources, NAMES, digests)
     manifest = {name: describe_tensor(tensor) for name, tensor in TENSORS.items()}
     monkeypatch.setitem(BACKBONES, "tiny", entry)
     monkeypatch.setattr(
@@ -72,15 +87,36 @@ def test_a_given_file_is_used_and_not_cached(tmp_path, home, filename):
     assert not home.exists()
 
 
-@pytest.mark.parametrize("filename", FORMATS)
-def test_a_changed_tensor_is_refused_in_every_format(tmp_path, filename):
-    changed = {name: tensor.clone() for name, tensor in TENSORS.items()}
-    changed["features.0.bias"][2] += 1e-6
-    with pytest.raises(
-        DigestError, match=r"'features\.0\.bias' must be float32 \[4\] with SHA-256"
-    ) as caught:
+@pytest.fixture
+def changed():
+    """The tensors, but for the last bits of one value."""
+    tensors = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    tensors["features.0.bias"][2] += 1e-6
+    return tensors
+
+
+CHANGED = r"'features\.0\.bias' must be float32 \[4\] with SHA-256"
+
+
+@pytest.mark.parametrize("filename", [name for name in FORMATS if name not in PICKLES])
+def test_a_changed_tensor_is_refused_in_every_format(tmp_path, changed, filename):
+    with pytest.raises(DigestError, match=CHANGED) as caught:
         resolve_weights("tiny", path=write(tmp_path / filename, changed))
     assert "Give another file" in one_line_of(caught)
+
+
+@pytest.mark.parametrize("filename", PICKLES)
+def test_a_changed_pickle_is_refused_as_a_whole(tmp_path, changed, filename):
+    with pytest.raises(DigestError, match="must be the published one") as caught:
+        resolve_weights("tiny", path=write(tmp_path / filename, changed))
+    assert "Give another file" in one_line_of(caught)
+
+
+def test_the_digest_of_a_pickle_does_not_stand_for_those_of_its_tensors(tmp_path, changed, monkeypatch):
+    (tmp_path / "w.pth").write_bytes(content := published(changed))
+    set_sources(monkeypatch, digests={".pth": hashlib.sha256(content).hexdigest()})
+    with pytest.raises(DigestError, match=CHANGED):
+        resolve_weights("tiny", path=tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -266,13 +302,13 @@ def test_when_all_fails_the_error_names_the_steps_by_hand(tmp_path, home, monkey
     assert left_in(home) == []
 
 
-@pytest.mark.parametrize("filename", ["w.h5", WHEEL])
+@pytest.mark.parametrize("filename", ["w.h5", WHEEL, TORCH_WHEEL])
 def test_a_file_put_into_the_cache_by_hand_is_used(home, monkeypatch, filename):
     monkeypatch.setenv("CHANSCALE_OFFLINE", "1")
     home.mkdir()
     write(home / filename)
-    wheel = WheelSource("tiny-weights==1.0", WHEEL, 1)
-    set_sources(monkeypatch, wheel, UrlSource("https://absent.invalid/w.h5", "0", 1))
+    wheels = [WheelSource("tiny-weights==1.0", name, 1) for name in (WHEEL, TORCH_WHEEL)]
+    set_sources(monkeypatch, *wheels, UrlSource("https://absent.invalid/w.h5", "0", 1))
     assert equal(resolve_weights("tiny"))
     assert left_in(home) == sorted([filename, "tiny.safetensors"])
 

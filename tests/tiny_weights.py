@@ -1,6 +1,7 @@
 """A backbone of one convolution and its weights in every format, for the tests of the weights modules."""
 
 import hashlib
+import io
 import zipfile
 from pathlib import Path
 
@@ -20,9 +21,12 @@ TENSORS = {
 NAMES = {
     ".h5": {"features.0.weight": "conv1", "features.0.bias": "conv1"},
     ".onnx": {"features.0.weight": "net/conv1/W:0", "features.0.bias": "net/conv1/b:0"},
+    ".pth": {"features.0.weight": "_conv1.weight", "features.0.bias": "_conv1.bias"},
 }
 WHEEL = "tiny_weights-1.0-py3-none-any.whl"
-FORMATS = ["w.safetensors", "w.h5", "w-nested.h5", "w.onnx", WHEEL]
+TORCH_WHEEL = "tiny_torch_weights-1.0-py3-none-any.whl"
+PICKLES = ["w.pth", TORCH_WHEEL]
+FORMATS = ["w.safetensors", "w.h5", "w-nested.h5", "w.onnx", WHEEL, *PICKLES]
 
 
 class Tiny(nn.Module):
@@ -52,11 +56,38 @@ def _write_onnx(path: Path, tensors) -> None:
     path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
 
 
+def torch_bytes(content, *, archive=False) -> bytes:
+    """Return what torch.save writes: the format of before 2020, or the zip archive of since."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=archive)
+    return buffer.getvalue()
+
+
+def published(tensors) -> bytes:
+    """Return the .pth of a converter: other names, and TensorFlow's order in memory."""
+    return torch_bytes({NAMES[".pth"][name]: _reversed_in_memory(tensor) for name, tensor in tensors.items()})
+
+
+def _reversed_in_memory(tensor):
+    axes = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+PTH = published(TENSORS)
+DIGESTS = {".pth": hashlib.sha256(PTH).hexdigest()}
+
+
+def _write_torch(path: Path, tensors) -> None:
+    # Twice the same tensors are not twice the same bytes: the format holds addresses.
+    path.write_bytes(PTH if tensors is TENSORS else published(tensors))
+
+
 def _write_wheel(path: Path, tensors) -> None:
-    content, info = path.with_suffix(".onnx"), "tiny_weights-1.0.dist-info"
-    _write_onnx(content, tensors)
+    suffix, info = ".pth" if path.name == TORCH_WHEEL else ".onnx", "tiny_weights-1.0.dist-info"
+    content = path.with_suffix(suffix)
+    write(content, tensors)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.write(content, "tiny_weights/models/net.onnx")
+        wheel.write(content, f"tiny_weights/models/net{suffix}")
         wheel.writestr("tiny_weights/__init__.py", "raise RuntimeError('the wheel was imported')")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -68,6 +99,7 @@ _WRITERS = {
     ".safetensors": lambda path, tensors: safetensors.torch.save_file(tensors, path),
     ".h5": _write_keras,
     ".onnx": _write_onnx,
+    ".pth": _write_torch,
     ".whl": _write_wheel,
 }
 

