@@ -187,7 +187,7 @@ def _refuse_probabilities(net: nn.Module, last: _Last | None, output: Tensor) ->
 
 
 def _name(net: nn.Module, last: _Last) -> str:
-    name = next(name for name, module in net.named_modules() if module is last.layer)
+    name: str = next(name for name, module in net.named_modules() if module is last.layer)
     if not name:
         raise ModelError(f"{_kind(net)} is a head without a trunk; pass a network that has convolutions")
     if last.calls > 1:
@@ -240,8 +240,8 @@ def _is_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _kind(net: nn.Module) -> str:
-    inner: nn.Module = net.net if isinstance(net, Logits) else net
-    return type(inner).__name__
+    kind: type = type(net.net if isinstance(net, Logits) else net)
+    return kind.__name__
 
 
 def _brief(error: BaseException) -> str:
