@@ -1,96 +1,250 @@
-"""Networks by name: our own backbones, and those of the libraries that are installed. One entry for each source."""
+"""Networks by name: our own backbones, and those of the libraries that are installed."""
 
 import importlib
-import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import cast
 
+import safetensors.torch
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from chanscale.backbones import BACKBONES, build_backbone
-from chanscale.errors import ConfigError, one_line
+from chanscale.backbones import BACKBONES, Preprocessing, build_backbone, find_backbone, load_backbone
+from chanscale.errors import ChanscaleError, ConfigError, WeightsError, one_line
+from chanscale.files import is_file
+from chanscale.headless import Logits
+from chanscale.libraries import LIBRARIES, Library, bare_tensors
+from chanscale.weight_sources import Progress
 
-Build = Callable[[ModuleType, str, int, int], nn.Module]
-"""Makes a network of a library: (library, name, dimensions, input channels) -> a classifier of two classes."""
+
+@dataclass(frozen=True)
+class PretrainedNetwork:
+    """A network with its weights, in eval and float32: a trunk of ours, or a classifier of a library.
+
+    `name`: the one spelling of its name. `build_network(name, bare=True)` makes the same network with random weights
+    (the classes aside), now and later, if `can_be_rebuilt`: not from a folder, which may be gone by then. `origin`: in
+    words, where the weights are from. `random_layer`: the last layer, where there were no weights for it, or for other
+    classes; see `check_head`.
+    """
+
+    name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    origin: str
+    can_be_rebuilt: bool = True
+    random_layer: str | None = None
+
+    def check_head(self, head: str | None) -> None:
+        """Raise WeightsError if a layer without pretrained weights stays when the layer `head` is taken off."""
+        if self.random_layer not in (None, head):
+            raise WeightsError(
+                f"there are no pretrained weights for the layer {self.random_layer!r} of {self.name}, which is not "
+                "its head; pass others with --weights FILE"
+            )
 
 
-def build_network(name: str, *, dimensions: int = 2, channels: int = 3) -> nn.Module:
+def build_network(name: str, *, dimensions: int = 2, channels: int = 3, bare: bool = False) -> nn.Module:
     """Return the network called `name` with random weights: a backbone of ours, or `<library>:<network>`.
 
-    Raises ConfigError when there is none, or when its library is not installed.
+    `transformers:` takes the name of a configuration (ResNet), or a folder or model of the hub, of which config.json
+    is read. A backbone of ours gets a linear head, which it lacks, unless `bare`. Works on the meta device. Raises
+    ConfigError when there is no such network, or when its library is not installed.
     """
-    library, _, network = name.partition(":")
-    if not network:
-        return _with_head(name)
-    if library not in SOURCES:
-        raise ConfigError(
-            f"{library!r} is no source of networks; have {', '.join(sorted((*BACKBONES, *SOURCES)))}"
+    found = _find(name)
+    if found is None:
+        return build_backbone(name) if bare else _with_head(build_backbone(name))
+    with _told(name):
+        return _require_network(found.library.build(found.module, found.network, dimensions, channels), name)
+
+
+def load_network(
+    name: str, *, weights: Path | None = None, progress: Progress | None = None
+) -> PretrainedNetwork:
+    """Return the network called `name`, for RGB images, with pretrained weights and the preprocessing they go with.
+
+    `weights`: a .safetensors state dict of the network, by its own names, in place of the weights that its library
+    fetches (for a backbone of ours: any file with its published tensors); the preprocessing stays that of the library,
+    or ImageNet's where it has none. Draws no random numbers. Raises ConfigError, WeightsError.
+    """
+    found = _find(name)
+    if found is None:
+        model, backbone = load_backbone(name, weights=weights, progress=progress), find_backbone(name)
+        return PretrainedNetwork(name, model, backbone.preprocessing(), backbone.origin)
+    progress = progress or (lambda *_: None)
+    progress(f"loading {name}", 0, 1)
+    with torch.random.fork_rng(devices=[]), _told(name), bare_tensors():
+        network = _load(found, weights)
+    progress(f"loading {name}", 1, 1)
+    return network
+
+
+def load_weights(model: nn.Module, path: Path) -> set[str]:
+    """Load a .safetensors state dict into `model`, strictly by name; return the tensors of `model` that got none.
+
+    Those can only be of its last layer, which may be missing from the file, or be for another number of classes.
+    Raises WeightsError, which names the first tensor that is missing, unknown or of another shape.
+    """
+    tensors, wanted = _read(path), _bare(model).state_dict()
+    last = _last_layer(_bare(model))
+    excused = {
+        name for name in wanted if name.startswith(f"{last}.") and _is_other_head(name, tensors, wanted)
+    }
+    # Counters of batches came late to torch: many files do without, and nothing in eval reads them.
+    optional = excused | {name for name in wanted if name.endswith(".num_batches_tracked")}
+    problems = [
+        *_first("lacks", [name for name in wanted if name not in tensors and name not in optional]),
+        *_first("has, unknown to the network,", [name for name in tensors if name not in wanted]),
+        *_misshaped(tensors, wanted, excused),
+    ]
+    if problems:
+        raise WeightsError(
+            f"{path} does not fit {type(_bare(model)).__name__}: it {' and '.join(problems)}. "
+            "It must hold the state dict of this network, under the network's own names"
         )
+    _bare(model).load_state_dict({k: v for k, v in tensors.items() if k not in excused}, strict=False)
+    return {f"{'net.' if isinstance(model, Logits) else ''}{name}" for name in excused}
+
+
+@dataclass(frozen=True)
+class _Found:
+    library: Library
+    module: ModuleType
+    network: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module.__name__}:{self.library.spell(self.module, self.network)}"
+
+
+def _find(name: str) -> _Found | None:
+    """Return what a name of a library's network stands for; None for a backbone of ours."""
+    library, separator, network = name.partition(":")
+    have = ", ".join((*sorted(BACKBONES), *(f"{source}:<network>" for source in sorted(LIBRARIES))))
+    if not separator:
+        if name not in BACKBONES:
+            raise ConfigError(f"`backbone` must be one of {have}. Got {name!r} instead.")
+        return None
+    if library not in LIBRARIES:
+        raise ConfigError(f"{library!r} is no source of networks; have {have}")
+    if not network:
+        raise ConfigError(f"{name!r} names no network; write {library}:<network>")
+    return _Found(LIBRARIES[library], _import(library, name), network)
+
+
+def _load(found: _Found, weights: Path | None) -> PretrainedNetwork:
+    library, module, network = found.library, found.module, found.network
+    if weights is None:
+        model, random = library.load(module, network)
+    else:
+        model = _require_network(library.build(module, network, 2, 3), found.name)
+        random = load_weights(model, weights)
+    return PretrainedNetwork(
+        name=found.name,
+        model=_require_network(model, found.name).eval(),
+        preprocessing=library.preprocess(module, network, model),
+        origin=f"{found.name}, weights from {weights.name if weights else module.__name__}",
+        can_be_rebuilt=not library.is_local(network),
+        random_layer=_random_layer(found.name, model, random),
+    )
+
+
+def _import(library: str, name: str) -> ModuleType:
     try:
-        module = importlib.import_module(library)
+        return importlib.import_module(library)
     except Exception as error:  # torchvision raises a RuntimeError where it does not fit torch
         raise ConfigError(
             f"{name} needs {library}, which cannot be imported here: pip install {library}"
         ) from error
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what a library raises into one line, and what it prints into a message that spoils no output."""
+    library, _, network = name.partition(":")
     try:
-        return SOURCES[library](module, network, dimensions, channels)
+        with redirect_stdout(sys.stderr):
+            yield
+    except ChanscaleError:
+        raise
+    except OSError as error:  # no network, no such file, no such model on the hub
+        by_hand = LIBRARIES[library].by_hand
+        raise WeightsError(f"cannot get {name} ({_brief(error)}). Without a network, {by_hand}") from error
     except Exception as error:  # whatever a library raises for a name it does not know
-        reason = one_line(error)[:150]
-        raise ConfigError(f"{library} does not build {network!r}: {reason}") from error
+        raise ConfigError(f"{library} does not build {network!r}: {_brief(error)}") from error
 
 
-def _with_head(name: str) -> nn.Module:
-    trunk = build_backbone(name)
-    return nn.Sequential(
-        trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(trunk(torch.zeros(1, 3, 64, 64)).shape[1], 2)
-    )
+def _brief(error: BaseException) -> str:
+    return one_line(error)[:150].rstrip(".")
 
 
-def _monai(library: ModuleType, network: str, dimensions: int, channels: int) -> nn.Module:
-    build = getattr(importlib.import_module(f"{library.__name__}.networks.nets"), network)
-    wanted = {
-        "spatial_dims": dimensions, "dimensions": dimensions, "in_channels": channels,
-        "n_input_channels": channels, "out_channels": 2, "num_classes": 2, "pretrained": False,
-    }  # fmt: skip
-    known = set(inspect.signature(build).parameters)
-    if "kwargs" in known:  # resnet18 and its like hand theirs on
-        known |= {"spatial_dims", "n_input_channels" if network.startswith("resnet") else "in_channels"}
-    made: nn.Module = build(**{key: value for key, value in wanted.items() if key in known})
+def _require_network(made: object, name: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} is no network, but a {type(made).__name__}; name a network")
     return made
 
 
-def _transformers(library: ModuleType, network: str, dimensions: int, channels: int) -> nn.Module:
-    del dimensions, channels
-    config = getattr(library, f"{network}Config")()
-    return _Logits(getattr(library, f"{network}ForImageClassification")(config))
+def _with_head(trunk: nn.Module) -> nn.Module:
+    width = trunk.get_submodule(_last_layer(trunk)).out_channels
+    return nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cast(int, width), 2))
 
 
-def _timm(library: ModuleType, network: str, dimensions: int, channels: int) -> nn.Module:
-    del dimensions
-    made: nn.Module = library.create_model(network, pretrained=False, num_classes=2, in_chans=channels)
-    return made
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        raise WeightsError(
+            f"{path} must be a .safetensors file; make one with safetensors.torch.save_file(model.state_dict(), ...)"
+        )
+    if not is_file(path):
+        raise WeightsError(f"no file at {path}")
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({_brief(error)})") from error
 
 
-def _torchvision(library: ModuleType, network: str, dimensions: int, channels: int) -> nn.Module:
-    del dimensions, channels
-    made: nn.Module = library.models.get_model(network, weights=None, num_classes=2)
-    return made
+def _bare(model: nn.Module) -> nn.Module:
+    """Return the network whose names a file of weights has."""
+    return model.net if isinstance(model, Logits) else model
 
 
-class _Logits(nn.Module):
-    """A transformers classifier that returns its logits alone."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Any) -> Any:
-        return self.net(x).logits
+def _last_layer(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, _ConvNd))]
+    return names[-1] if names else ""
 
 
-SOURCES: dict[str, Build] = {
-    "monai": _monai, "transformers": _transformers, "timm": _timm, "torchvision": _torchvision,
-}  # fmt: skip
-"""How to build a network of each library; a new one is an entry here."""
+def _is_other_head(name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Tell whether a tensor of the last layer is missing, or differs in its classes alone."""
+    if name not in tensors:
+        return True
+    here, there = wanted[name].shape, tensors[name].shape
+    return here != there and here[1:] == there[1:]
+
+
+def _first(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return [f"{what} {names[0]!r}{more}"] if names else []
+
+
+def _misshaped(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], excused: set[str]
+) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if name in wanted and name not in excused and tensor.shape != wanted[name].shape:
+            yield f"has {name!r} of shape {tuple(tensor.shape)}, not {tuple(wanted[name].shape)},"
+            return
+
+
+def _random_layer(name: str, model: nn.Module, random: set[str]) -> str | None:
+    """Return the last layer, if that is where the `random` tensors of `model` are. Raises WeightsError if not."""
+    last = _last_layer(model)
+    if elsewhere := sorted(tensor for tensor in random if not tensor.startswith(f"{last}.")):
+        raise WeightsError(
+            f"the weights of {name} are incomplete: none for {elsewhere[0]!r}, so it would stay random; "
+            "pass others with --weights FILE"
+        )
+    return last if random else None

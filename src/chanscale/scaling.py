@@ -85,7 +85,7 @@ class FrozenConv(_ConvNd):
         in_batches = input.dim() == weight.dim()
         if numeric and in_batches and torch.is_grad_enabled() and input.requires_grad:
             return _frozen_conv(input, weight, bias, self)
-        output: Tensor = super()._conv_forward(input, weight, bias)  # type: ignore[misc]
+        output: Tensor = super()._conv_forward(input, weight, bias)
         return output
 
 
