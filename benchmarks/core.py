@@ -70,7 +70,7 @@ def run_cell(method: str, seed: int, options: argparse.Namespace) -> None:
     from chanscale.config import FitConfig
     from chanscale.data.splits import split_images
     from chanscale.files import write_atomically
-    from chanscale.pipeline import build_classifier, describe_machine, judge, load_images, scale_and_select
+    from chanscale.pipeline import describe_machine, judge, load_images, open_classifier, scale_and_select
 
     given = {"seed": seed, "budget": options.budget, "group_pattern": options.group_pattern}
     config = FitConfig.build(given | dict(item.split("=", 1) for item in options.set))
@@ -83,7 +83,7 @@ def run_cell(method: str, seed: int, options: argparse.Namespace) -> None:
             config = config.model_copy(update={"micro_batch": options.full_micro_batch or config.batch_size})
         images = load_images(options.data, config, watcher)
         splits = split_images(images.images, validation=config.validation, test=config.test, seed=seed)
-        classifier = build_classifier(config.backbone, images.images.classes, config, watcher)
+        _, classifier = open_classifier(config.backbone, images, splits, config, watcher)
         model, history = BASELINES[method](classifier, images, splits, config, watcher)
         metrics = {
             **judge(model, images, splits, watcher),

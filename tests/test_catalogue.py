@@ -410,10 +410,13 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("vgg17", "`backbone` must be one of vgg16, monai:<network>, timm:<network>, .* Got 'vgg17' instead"),
+        (
+            "vgg17",
+            r"`backbone` must be one of efficientnet_lite0, vgg16, monai:<network>, .* Got 'vgg17' instead",
+        ),
         (
             "keras:VGG16",
-            "'keras' is no source of networks; have vgg16, monai:<network>, timm:<network>, torchvision:",
+            "'keras' is no source of networks; have efficientnet_lite0, vgg16, monai:<network>, timm:<network>",
         ),
         ("monai:", "'monai:' names no network; write monai:<network>"),
         ("monai:VGG99", "monai does not build 'VGG99': .* no attribute 'VGG99'"),

@@ -1,5 +1,6 @@
 """What `scale_and_select` leaves behind when it cannot go on."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from chanscale.errors import ArtifactError, BudgetError, ConfigError, DataError,
 from chanscale.evaluation import evaluate
 from chanscale.pipeline import scale_and_select
 from chanscale.progress import Watcher
+from chanscale.pruning import ROUNDING
 from chanscale.runs import RunFolder
-from networks import build_classifier
+from networks import build_classifier, know_groups, randomise, require_slices, same_tensors
 from tiny_fits import SPLITS, tiny_classifier, tiny_config, tiny_images
 
 IMAGES = tiny_images()
@@ -104,7 +106,7 @@ class Dictionary(nn.Module):
 @pytest.mark.parametrize(
     ("trunk", "words"),
     [
-        (Dictionary(), "must return a feature map"),
+        (Dictionary(), "wrap it in a module whose forward returns one tensor"),
         (nn.Sequential(*tiny_classifier().trunk, nn.MaxPool2d(64)), "does not run on images of"),
     ],
     ids=["dictionary", "too small"],
@@ -128,12 +130,113 @@ def test_the_users_trunk_keeps_its_mode():
     assert [module.training for module in trunk] == [index == 3 for index in range(len(trunk))]
 
 
-def test_a_model_of_the_users_own_network_asks_for_it(tmp_path):
+def test_a_network_of_the_users_own_comes_back_as_a_program_or_from_the_original(tmp_path):
     run = fit_tiny(tmp_path / "run")
+    program, info = load_model(tmp_path / "run")
+    x = torch.rand(3, info.channels, info.image_size, info.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), run.model(x))
+    assert (info.rebuilt_by, program.classes, program.training) == ("program", run.model.classes, False)
+    loaded, _ = load_model(tmp_path / "run", trunk=tiny_classifier().trunk)
+    assert same_tensors(loaded, run.model)
+    (tmp_path / "run" / "program.pt2").unlink()
+    with pytest.raises(
+        ArtifactError, match=r"there is no program at .*; pass the original network as `trunk`"
+    ):
+        load_model(tmp_path / "run")
+
+
+class Fickle(nn.Module):
+    """A trunk that looks at its values, which no program can."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = tiny_classifier().trunk
+
+    def forward(self, x):
+        x = self.layers(x)
+        return x if float(x.detach().sum()) > -1e9 else -x
+
+
+def test_a_network_that_cannot_be_exported_needs_the_original(tmp_path, caplog):
+    run = scale_and_select(Fickle(), IMAGES.images, config=tiny_config(), out=tmp_path / "run")
+    assert "cannot be exported" in caplog.text
     with pytest.raises(ArtifactError, match="pass that network as `trunk`"):
         load_model(tmp_path / "run")
-    loaded, _ = load_model(tmp_path / "run", trunk=tiny_classifier().trunk)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), run.model.parameters(), strict=True))
+    loaded, info = load_model(tmp_path / "run", trunk=Fickle())
+    assert info.rebuilt_by == run.metrics["rebuilt_by"] == "network"
+    assert same_tensors(loaded, run.model)
+
+
+class Resident(nn.Module):
+    """A classifier with a residual stream, a depthwise convolution, a gate, and a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24), nn.SiLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24),
+            nn.BatchNorm2d(24), nn.SiLU(), nn.Conv2d(24, 16, 1), nn.BatchNorm2d(16), nn.Dropout(0.1),
+        )  # fmt: skip
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1)
+        )
+        self.classifier = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.relu(x + self.body(x) * torch.sigmoid(self.gate(x)))
+        return self.classifier(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def resident():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomise(Resident()).eval()
+
+
+RESIDENT = {"budget": 0.5, "round_to": 1}
+
+
+def test_a_classifier_of_the_users_own_is_scaled_and_loses_its_head(resident, tmp_path):
+    before = copy.deepcopy(resident)
+    config = tiny_config(**RESIDENT)
+    run = scale_and_select(resident, IMAGES.images, config=config, out=tmp_path / "run")
+    assert same_tensors(resident, before)
+    assert run.info.head == "classifier"
+    assert run.metrics["parameters"]["removed"] >= 0.5
+    assert run.metrics["parameters"]["full"] == sum(p.numel() for p in resident.parameters())
+    assert run.metrics["groups"]["protected"] == {}
+    changes = [row["removal_change"] for row in run.history if row["removal_change"] is not None]
+    assert changes
+    assert max(changes) < ROUNDING
+    require_slices(
+        run.model.trunk, know_groups(resident, torch.rand(2, 3, 32, 32)), without_prefix(run.info.kept)
+    )
+    loaded, _ = load_model(tmp_path / "run", trunk=resident)
+    assert same_tensors(loaded, run.model)
+
+
+def without_prefix(kept):
+    return {name.removeprefix("trunk."): torch.tensor(indices) for name, indices in kept.items()}
+
+
+def test_any_network_resumes_where_it_stopped(resident, tmp_path):
+    class StopError(Exception):
+        pass
+
+    class Stopper(Watcher):
+        def on_epoch(self, moment, _row):
+            if moment.epoch == 2:
+                raise StopError
+
+    config = tiny_config(**RESIDENT)
+    undisturbed = scale_and_select(resident, IMAGES.images, config=config)
+    with pytest.raises(StopError):
+        scale_and_select(resident, IMAGES.images, config=config, out=tmp_path / "run", watcher=Stopper())
+    resumed = scale_and_select(resident, IMAGES.images, config=config, out=tmp_path / "run", resume=True)
+    assert same_tensors(resumed.model, undisturbed.model)
 
 
 def test_the_gradient_penalty_removes_on_the_way():

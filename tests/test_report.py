@@ -46,6 +46,7 @@ def metrics(**changes):
         },
         "macs": {"trunk": 3_841_000_000, "kept": 463_000_000, "removed": 0.88},
         "bytes": {"trunk": 4 * TRUNK, "model": 2_131_000},
+        "groups": {"prunable": 13, "protected": {}},
         "before": {"auc": figure(0.842), "accuracy": figure(0.77), "n": 120},
         "best_epoch": 3, "images": {"train": 390, "validation": 90, "test": 120, "skipped": 0},
     }  # fmt: skip
@@ -81,6 +82,13 @@ def test_the_table_fits_80_columns():
     # Were a cell too wide, it would go on in a line that has no title.
     assert "0.911 [0.87, 0.94]" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_groups_that_were_left_whole_are_told():
+    protected = {"conv1": "it has one channel", "conv2": "a grouped convolution"}
+    text = printed(describe_run(metrics(groups={"prunable": 11, "protected": protected})))
+    assert "2 of 13 channel groups left whole" in text
+    assert "left whole" not in printed(describe_run(metrics()))
 
 
 def test_without_test_images_the_table_has_no_figures():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -14,11 +14,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from chanscale import __version__
-from chanscale.backbones import BACKBONES, Preprocessing, build_backbone
+from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.errors import ArtifactError, ChanscaleError, ModelError, one_line
 from chanscale.files import write_atomically
 from chanscale.modes import in_eval
+from chanscale.originals import rebuild_trunk, trunk_of
+from chanscale.programs import PROGRAM, Program, load_program
 from chanscale.pruning import share
 from chanscale.rebuilding import install_tensors
 from chanscale.slicing import output_width
@@ -36,7 +38,8 @@ class ModelInfo:
 
     `kept`: for each group, named by a convolution, the ascending indices of its channels in the original backbone;
     groups that are protected are not named. `image_size`
-    in pixels, `channels` 1 or 3: what the model was trained on.
+    in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that ours replaced,
+    if one was. `rebuilt_by`: its name; or a program that lies beside the file; or only the original network.
     """
 
     backbone: str
@@ -45,6 +48,8 @@ class ModelInfo:
     preprocessing: Mapping[str, Any]
     image_size: Annotated[int, Field(gt=0)]
     channels: Annotated[int, Field(gt=0)]
+    head: str | None = None
+    rebuilt_by: Literal["name", "program", "network"] = "name"
 
     @property
     def widths(self) -> dict[str, int]:
@@ -62,15 +67,18 @@ def save_model(model: Classifier, info: ModelInfo, path: Path | str) -> Path:
     return write_tensors(Path(path), model.state_dict(), metadata)
 
 
-def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Classifier, ModelInfo]:
+def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Classifier | Program, ModelInfo]:
     """Return the model of a file, or of a run folder, in eval mode, and what the file says about it.
 
-    `trunk`: the original network, needed only where it was one of the user's own. Raises ArtifactError.
+    `trunk`: the original network, which makes a `Classifier` of one that was the user's own; without it, that is a
+    `Program`. Raises ArtifactError.
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     tensors, info = _read(path)
-    if trunk is None and info.backbone not in BACKBONES:
+    if trunk is None and info.rebuilt_by == "program":
+        return load_program(path.with_name(PROGRAM), info.classes), info
+    if trunk is None and info.rebuilt_by == "network":
         raise ArtifactError(
             f"{path} was made from a network of your own, {info.backbone}; pass that network as `trunk`"
         )
@@ -85,9 +93,11 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
 def rebuild(info: ModelInfo, tensors: Mapping[str, Tensor], *, trunk: nn.Module | None = None) -> Classifier:
     """Return the classifier that `info` describes, with `tensors` for its state; `trunk` is not changed."""
     preprocessing = Preprocessing.from_dict(info.preprocessing)
-    with torch.device("meta"):  # shapes alone: no time or memory for weights that are replaced at once
-        trunk = build_backbone(info.backbone) if trunk is None else share(trunk)
-        model = Classifier(preprocessing, trunk, channels=tensors[FEATURES].shape[1], classes=info.classes)
+    trunk = rebuild_trunk(info.backbone, info.head) if trunk is None else trunk_of(trunk, info.head)
+    with torch.device("meta"):
+        model = Classifier(
+            preprocessing, share(trunk), channels=tensors[FEATURES].shape[1], classes=info.classes
+        )
     outputs = len(model.head.linear.bias)
     if len(tensors["head.linear.bias"]) != outputs:
         raise ModelError(f"{len(info.classes)} classes need {outputs} outputs, and there are others")

@@ -19,7 +19,8 @@ from chanscale.backbones import BACKBONES, Preprocessing, build_backbone, find_b
 from chanscale.errors import ChanscaleError, ConfigError, WeightsError, one_line
 from chanscale.files import is_file
 from chanscale.headless import Logits
-from chanscale.libraries import LIBRARIES, Library, bare_tensors
+from chanscale.libraries import LIBRARIES, Library
+from chanscale.safe_loading import bare_tensors
 from chanscale.weight_sources import Progress
 
 
@@ -28,9 +29,9 @@ class PretrainedNetwork:
     """A network with its weights, in eval and float32: a trunk of ours, or a classifier of a library.
 
     `name`: the one spelling of its name. `build_network(name, bare=True)` makes the same network with random weights
-    (the classes aside), now and later, if `can_be_rebuilt`: not from a folder, which may be gone by then. `origin`: in
-    words, where the weights are from. `random_layer`: the last layer, where there were no weights for it, or for other
-    classes; see `check_head`.
+    (the classes aside), now and later, if `can_be_rebuilt`: not from a folder or a hub, which may be gone by then.
+    `origin`: in words, where the weights are from. `random_layer`: the last layer, where there were no weights for it,
+    or for other classes; see `check_head`.
     """
 
     name: str
@@ -149,7 +150,7 @@ def _load(found: _Found, weights: Path | None) -> PretrainedNetwork:
         model=_require_network(model, found.name).eval(),
         preprocessing=library.preprocess(module, network, model),
         origin=f"{found.name}, weights from {weights.name if weights else module.__name__}",
-        can_be_rebuilt=not library.is_local(network),
+        can_be_rebuilt=not library.is_elsewhere(network),
         random_layer=_random_layer(found.name, model, random),
     )
 

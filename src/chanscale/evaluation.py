@@ -12,6 +12,7 @@ from chanscale.classifier import Classifier, probabilities
 from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.errors import DataError
 from chanscale.metrics import Estimate, estimate, metrics_for
+from chanscale.programs import Program
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Classifier,
+    model: Classifier | Program,
     data: DecodedImages,
     indices: Sequence[int] | None = None,
     *,
@@ -59,7 +60,7 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: Classifier,
+    model: Classifier | Program,
     data: DecodedImages,
     indices: Sequence[int],
     *,
@@ -68,7 +69,7 @@ def predict(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the probabilities (N, K), computed in fp32, and the labels (N,) of some images."""
     model.eval()
-    device = model.head.linear.weight.device
+    device = next(model.parameters()).device
     scores, labels = [], []
     for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
         scores.append(probabilities(model(batch.images.to(device))).cpu())

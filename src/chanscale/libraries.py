@@ -6,10 +6,8 @@ None is imported before a network of it is asked for. No code of a hub is run, a
 import importlib
 import inspect
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +28,8 @@ class Library:
     `build(module, network, dimensions, channels)`: the network with random weights, for as many classes as it likes.
     `load(module, network)`: with pretrained weights, for RGB images; and the names of the tensors that have none.
     `preprocess(module, network, model)`: what the pretrained network was trained on.
-    `spell(module, network)`: the one spelling of its names. `is_local(network)`: the name is that of a folder.
+    `spell(module, network)`: the one spelling of its names. `is_elsewhere(network)`: its architecture is told by a
+    folder, or by a hub, and not by the library.
     `by_hand`: how a person gets the weights.
     """
 
@@ -39,22 +38,7 @@ class Library:
     preprocess: Callable[[ModuleType, str, nn.Module], Preprocessing]
     by_hand: str
     spell: Callable[[ModuleType, str], str] = lambda _, network: network
-    is_local: Callable[[str], bool] = lambda _: False
-
-
-@contextmanager
-def bare_tensors() -> Iterator[None]:
-    """Let torch.load read tensors alone, whoever calls it: the libraries' files are pickles, which could run code."""
-    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    before = {name: os.environ.get(name) for name in forced}
-    os.environ.update(forced)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    is_elsewhere: Callable[[str], bool] = lambda _: False
 
 
 def _imagenet(*_: Any) -> Preprocessing:
@@ -263,7 +247,7 @@ LIBRARIES: dict[str, Library] = {
         build=_build_timm,
         load=_load_timm,
         preprocess=_preprocess_timm,
-        is_local=lambda network: network.startswith("local-dir:"),
+        is_elsewhere=lambda network: network.startswith("local-dir:"),
         by_hand="download the model.safetensors of its page below https://huggingface.co/timm and pass --weights FILE",
     ),
     "torchvision": Library(
@@ -278,7 +262,7 @@ LIBRARIES: dict[str, Library] = {
         load=_load_transformers,
         preprocess=_preprocess_transformers,
         spell=lambda _, network: _place(network),
-        is_local=_is_folder,
+        is_elsewhere=_is_published,
         by_hand="put config.json, preprocessor_config.json and model.safetensors into a folder, and name the folder",
     ),
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 from chanscale import __version__
 from chanscale.artifact import ModelInfo
-from chanscale.backbones import BACKBONES, Preprocessing, find_backbone, load_backbone
+from chanscale.backbones import Preprocessing
 from chanscale.channels import carry_groups, free_groups
 from chanscale.classifier import Classifier, assemble, to_channels_last
 from chanscale.config import FitConfig
@@ -25,6 +25,7 @@ from chanscale.data.splits import Splits, split_images
 from chanscale.devices import find_precision
 from chanscale.errors import ChanscaleError, ConfigError
 from chanscale.evaluation import evaluate
+from chanscale.originals import Original, open_original
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 from chanscale.runs import NOTICE, RunFolder
@@ -48,20 +49,22 @@ def scale_and_select(
     data: str | Path | ImageSet,
     *,
     config: FitConfig | None = None,
+    preprocessing: Preprocessing | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
 ) -> Run:
     """Turn a pretrained network and labelled images into a small classifier, and write a run folder to `out`.
 
-    `model`: the name of a backbone, or a trunk of your own, which takes (N, 3, H, W) pixels in [0, 1] and
-    returns a feature map. `data`: a folder, CSV or npz file, or an `ImageSet`. The run lies beside `out`
-    until it is whole; with `resume`, an interrupted one goes on. Raises ChanscaleError.
+    `model`: the name of a backbone, or of a library's network (`monai:DenseNet121`), or a network of your own for
+    (N, 3, H, W): a classifier, whose head is replaced, or a trunk. `preprocessing`: what it wants done to pixels in
+    [0, 1]; default: what its source says, nothing for an object. `data`: a folder, CSV or npz file, or an `ImageSet`.
+    The run lies beside `out` until it is whole; with `resume`, an interrupted one goes on. Raises ChanscaleError.
     """
     config, watcher = config or FitConfig(), watcher or Watcher()
     folder = RunFolder.open(Path(out), config, resume=resume) if out is not None else None
     try:
-        return _run(model, data, config, folder, watcher)
+        return _run(model, preprocessing, data, config, folder, watcher)
     except ChanscaleError:
         # Nothing half-written; but what an interrupted run had reached before this call is not thrown away.
         if folder and not resume:
@@ -74,6 +77,7 @@ def scale_and_select(
 
 def _run(
     model: str | nn.Module,
+    preprocessing: Preprocessing | None,
     data: str | Path | ImageSet,
     config: FitConfig,
     folder: RunFolder | None,
@@ -84,8 +88,10 @@ def _run(
     splits = (folder.read_splits(images.images) if folder else None) or split_images(
         images.images, validation=config.validation, test=config.test, seed=config.seed
     )
-    classifier = build_classifier(model, images, splits, config, watcher)
-    info = describe_model(model, classifier, images)
+    original, classifier = open_classifier(
+        model, images, splits, config, watcher, preprocessing=preprocessing
+    )
+    info = describe_model(original, classifier, images)
     if folder:
         folder.begin(images.images, splits)
     state, notes = (folder.load(classifier) if folder else None) or (None, {})
@@ -110,19 +116,16 @@ def _run(
     metrics = {
         **judge(best.model, images, splits, watcher),
         "before": notes["before"],
-        **measure(
-            classifier,
-            best,
-            images,
-            full=BACKBONES[model].full_parameters if isinstance(model, str) else None,
-        ),
+        **measure(classifier, best, images, full=original.full_parameters),
         **describe_training(best, state, images, splits),
         "seconds": round(earlier + perf_counter() - began, 1),
         "precision": precision,
         **describe_machine(),
     }
     if folder:
-        folder.finish(best.model, info, metrics, state.history, widths(classifier))
+        info = folder.finish(
+            best.model, info, metrics, state.history, widths(classifier), images.batch(splits.train[:2])[0]
+        )
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
 
 
@@ -156,36 +159,41 @@ def _open(path: Path, config: FitConfig) -> ImageSet:
     return open_as(classes=(*others, config.positive))
 
 
-def build_classifier(
-    model: str | nn.Module, images: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
-) -> Classifier:
-    """Put preprocessing and a new head around a named backbone, or around a trunk of the user's own; trace it."""
-    if isinstance(model, str):
-        preprocessing = find_backbone(model).preprocessing()
-        trunk = load_backbone(model, weights=config.weights, progress=watcher.on_step)
-    else:
-        preprocessing, trunk = Preprocessing(), model
-    torch.manual_seed(config.seed)
+def open_classifier(
+    model: str | nn.Module,
+    images: DecodedImages,
+    splits: Splits,
+    config: FitConfig,
+    watcher: Watcher,
+    *,
+    preprocessing: Preprocessing | None = None,
+) -> tuple[Original, Classifier]:
+    """Return the network that `model` stands for, and it with a new head, knowing its channel groups."""
     example, _ = images.batch(splits.train[:2])
-    classifier = assemble(preprocessing, trunk, example, classes=images.images.classes)
-    watcher.on_step("tracing channels", 0, 1)
+    original = open_original(
+        model, example, preprocessing=preprocessing, weights=config.weights, progress=watcher.on_step
+    )
+    torch.manual_seed(config.seed)
+    classifier = to_channels_last(
+        assemble(original.preprocessing, original.trunk, example, classes=images.images.classes)
+    )
+    watcher.on_step("finding channel groups", 0, 1)
     groups = channel_groups(classifier, example)
-    watcher.on_step("tracing channels", 1, 1)
-    # As training wants it, so that the weights are shared with the scaled copy; a user's trunk is left as it is.
-    return carry_groups(to_channels_last(classifier) if isinstance(model, str) else classifier, groups)
+    watcher.on_step("finding channel groups", 1, 1)
+    return original, carry_groups(classifier, groups)
 
 
-def describe_model(model: str | nn.Module, classifier: Classifier, images: DecodedImages) -> ModelInfo:
+def describe_model(original: Original, classifier: Classifier, images: DecodedImages) -> ModelInfo:
     """Return what the model file is to say about a network that is still whole."""
-    preprocessing = classifier.preprocessing
-    assert isinstance(preprocessing, Preprocessing)
     return ModelInfo(
-        backbone=model if isinstance(model, str) else type(model).__name__,
+        backbone=original.name,
         classes=images.images.classes,
         kept={name: list(range(width)) for name, width in widths(classifier).items()},
-        preprocessing=preprocessing.to_dict(),
+        preprocessing=original.preprocessing.to_dict(),
         image_size=images.image_size,
         channels=images.channels,
+        head=original.head,
+        rebuilt_by="name" if original.can_be_rebuilt else "program",
     )
 
 
@@ -232,6 +240,10 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
         },
         "macs": {"trunk": cost.macs(), "kept": left.macs(), "removed": 1 - left.macs() / cost.macs()},
         "bytes": {"trunk": 4 * trunk},
+        "groups": {
+            "prunable": len(cost.widths),
+            "protected": {group.name: group.protected for group in cost.groups if group.protected},
+        },
     }
 
 

@@ -19,6 +19,7 @@ from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import exists
+from chanscale.programs import Program
 
 Progress = Callable[[int, int], None]
 
@@ -61,7 +62,7 @@ class Predictions:
 
 
 def predict_images(
-    model: Classifier,
+    model: Classifier | Program,
     info: ModelInfo,
     paths: Sequence[Path],
     *,

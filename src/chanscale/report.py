@@ -119,6 +119,11 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     if images:
         patients = metrics.get("patients", images)
         text += f".\n{images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
+    if protected := metrics["groups"]["protected"]:
+        every = len(protected) + metrics["groups"]["prunable"]
+        text += (
+            f".\n{len(protected)} of {every} channel groups left whole, since a removal would not be exact"
+        )
     return f"{text}."
 
 

@@ -1,11 +1,14 @@
 """The run folder: built beside its place, moved there when it is whole."""
 
+import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from chanscale.artifact import ModelInfo, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
@@ -13,10 +16,13 @@ from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
-from chanscale.errors import ArtifactError, ConfigError
+from chanscale.errors import ArtifactError, ConfigError, ModelError
 from chanscale.files import to_json, write_atomically
+from chanscale.programs import PROGRAM, save_program
 from chanscale.report import write_history, write_plots
 from chanscale.state import TrainingState
+
+_log = logging.getLogger(__name__)
 
 NOTICE = "Research software: not a medical device, and no output of it is a diagnosis."
 
@@ -86,9 +92,16 @@ class RunFolder:
 
     def finish(
         self, model: Classifier, info: ModelInfo, metrics: dict[str, Any], history: list[dict[str, Any]],
-        widths_before: Mapping[str, int],
-    ) -> Path:  # fmt: skip
-        """Write the model, the figures and the plots, and move the folder to its place."""
+        widths_before: Mapping[str, int], example: Tensor,
+    ) -> ModelInfo:  # fmt: skip
+        """Write the model, the figures and the plots, and move the folder to its place.
+
+        `example`: images as the model takes them, (N, C, H, W), in case it is to be exported. Returns `info`, with
+        what the model can be rebuilt by.
+        """
+        if info.rebuilt_by == "program":
+            info = self._export(model, info, example)
+        metrics["rebuilt_by"] = info.rebuilt_by
         path = save_model(model, info, self.partial / "model.safetensors")
         metrics["bytes"]["model"] = path.stat().st_size
         write_atomically(self.partial / "metrics.json", to_json(metrics) + "\n")
@@ -99,7 +112,15 @@ class RunFolder:
             left.unlink()
         self.release()
         self.partial.rename(self.out)
-        return self.out
+        return info
+
+    def _export(self, model: Classifier, info: ModelInfo, example: Tensor) -> ModelInfo:
+        try:
+            save_program(model, example, self.partial / PROGRAM)
+        except ModelError as error:
+            _log.warning("%s; the run can be loaded with the original network alone", error)
+            return replace(info, rebuilt_by="network")
+        return info
 
     def discard(self) -> None:
         """Remove the unfinished folder, if this process works in it; what is finished stays."""

@@ -119,4 +119,7 @@ def _slice_like(values: Tensor, kept: Tensor, *, dim: int = 0) -> Tensor:
     """Return `values[kept]` along `dim`, in the memory layout of `values`."""
     sliced = values.index_select(dim, kept.to(values.device))
     channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
-    return sliced.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    # Copied into a tensor made for it: `contiguous` leaves strides of dimensions of size 1 as they happen to be,
+    # kernels choose by them, and a model read from a file would round in another way.
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(sliced, memory_format=layout).copy_(sliced)

@@ -1,0 +1,87 @@
+"""The network that a run starts from: by name or an object of the user's own, without its head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from chanscale.backbones import BACKBONES, Preprocessing
+from chanscale.catalogue import build_network, load_network
+from chanscale.headless import Logits, remove_head, without_layer
+from chanscale.weight_sources import Progress
+
+
+@dataclass(frozen=True)
+class Original:
+    """A pretrained trunk, and what is known of the network that it comes from.
+
+    `name`: of a backbone or of a library's network, else the class of the object. `head`: the layer that was taken
+    off, if one was. `full_parameters`: of the whole network, its own head included. `can_be_rebuilt`: by its name.
+    """
+
+    name: str
+    trunk: nn.Module
+    preprocessing: Preprocessing
+    head: str | None
+    full_parameters: int
+    can_be_rebuilt: bool
+
+
+def open_original(
+    model: str | nn.Module,
+    images: Tensor,
+    *,
+    preprocessing: Preprocessing | None = None,
+    weights: Path | None = None,
+    progress: Progress | None = None,
+) -> Original:
+    """Return the network called `model` with its pretrained weights, or the object `model`, without a head.
+
+    `images`: (N, 1 or 3, H, W), pixels in [0, 1], to run it on. `preprocessing`: default, what the source of the
+    network says; none for an object. An object is copied. Raises ConfigError, WeightsError, ModelError.
+    """
+    if isinstance(model, str) and model in BACKBONES:
+        network = load_network(model, weights=weights, progress=progress)
+        return Original(
+            model,
+            network.model,
+            preprocessing or network.preprocessing,
+            None,
+            BACKBONES[model].full_parameters,
+            True,
+        )
+    if isinstance(model, str):
+        network = load_network(model, weights=weights, progress=progress)
+        preprocessing = preprocessing or network.preprocessing
+        headless = remove_head(network.model, preprocessing(images))
+        network.check_head(headless.head)
+        name, whole, can_be_rebuilt = network.name, network.model, network.can_be_rebuilt
+    else:
+        preprocessing = preprocessing or Preprocessing()
+        headless = remove_head(model, preprocessing(images))
+        name, whole, can_be_rebuilt = type(model).__name__, model, False
+    full = sum(parameter.numel() for parameter in whole.parameters())
+    return Original(name, headless.trunk, preprocessing, headless.head, full, can_be_rebuilt)
+
+
+def trunk_of(network: nn.Module, head: str | None) -> nn.Module:
+    """Return `network` without its layer `head`; as it is, if that is off already. Raises ModelError."""
+    if head is None:
+        return network
+    if head.startswith("net.") and not isinstance(getattr(network, "net", None), nn.Module):
+        network = Logits(network)
+    return without_layer(network, head)
+
+
+def rebuild_trunk(name: str, head: str | None) -> nn.Module:
+    """Return the trunk of the network called `name`, without its layer `head`; its weights mean nothing.
+
+    Draws no random numbers. Raises ConfigError, ModelError.
+    """
+    if name in BACKBONES:
+        with torch.device("meta"):  # shapes alone: no time or memory for weights that are replaced at once
+            return BACKBONES[name].build()
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(name, bare=True)
+    return trunk_of(network, head)
