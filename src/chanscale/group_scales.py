@@ -61,6 +61,20 @@ class GroupScales:
         self._write(row, self.parameters)
 
     @torch.no_grad()
+    def anchor(self, share: float) -> None:
+        """Stretch the scales of each group, in place, until the largest `share` of its norms has a mean of 1.
+
+        A group whose scales are all 0 stays as it is.
+        """
+        factors = {}
+        for name, norms in self.norms().items():
+            largest = norms.topk(max(1, round(share * len(norms)))).values.mean()
+            factors[name] = torch.where(largest > 0, 1 / largest, 1.0).expand(len(norms))
+        row = self._row(self.parameters)
+        row[self._places] *= torch.cat([factors[name] for name in self.widths])[self._channels]
+        self._write(row, self.parameters)
+
+    @torch.no_grad()
     def add_to_gradients(self, slopes: Mapping[str, Tensor]) -> None:
         """Add to the gradients that of a penalty whose slope along each norm is `slopes`, shape (width,)."""
         gradients = {layer: scale.grad for layer, scale in self.parameters.items() if scale.grad is not None}
