@@ -14,7 +14,9 @@ from chanscale.proof import channel_groups, halve, relative_change, remove_coupl
 from chanscale.pruning import ROUNDING
 from networks import same_tensors
 
-NETWORKS = {name: network for name, network in own_networks().items() if name != "VGG16"}
+NETWORKS = {
+    name: network for name, network in own_networks().items() if name not in ("VGG16", "EfficientNet-Lite0")
+}
 
 PROTECTED = {
     "sigmoid activation": "changes the output",

@@ -16,13 +16,15 @@ WIDTHS = {"trunk.0": 8, "trunk.3": 16, "trunk.6": 16}
 SPLITS = Splits(train=tuple(range(24)), validation=tuple(range(24, 40)), test=())
 
 
-def tiny_images(count: int = 40) -> DecodedImages:
+def tiny_images(count: int = 40, channels: int = 1) -> DecodedImages:
     """Return random images of two classes in turn; the second has a patch that is a little brighter."""
     rng = np.random.default_rng(0)
     records = []
     for index in range(count):
         pixels = rng.integers(0, 200, (32, 32)).astype(np.uint8)
         pixels[8:16, 8:16] += 25 * (index % 2)
+        if channels > 1:
+            pixels = np.stack([pixels] * channels, axis=-1)
         records.append(ImageRecord(name=f"{index}.png", label=index % 2, group=str(index), pixels=pixels))
     images = ImageSet(Path("tiny"), ("no", "yes"), tuple(records))
     return decode_images(images, image_size=32, workers=0)

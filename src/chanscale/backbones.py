@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chanscale.efficientnet_lite import EfficientNetLite0Trunk, efficientnet_lite0_names
-from chanscale.errors import ConfigError
+from chanscale.errors import ConfigError, ModelError
 from chanscale.vgg import VGG16Trunk, vgg16_names
 from chanscale.weight_sources import Progress, Source, UrlSource, WheelSource
 
@@ -21,7 +21,8 @@ class Preprocessing(nn.Module):
     """Turn pixels in [0, 1] into what a backbone was trained on: `(order(x) * scale - mean) / std`.
 
     Input: (N, 1 or 3, H, W), grey or RGB. Output: (N, 3, H, W), grey replicated, in the channel order
-    `order`, which `mean` and `std` follow. It holds no parameters and adds nothing to a state dict.
+    `order`, which `mean` and `std` follow. `folded`: for a network whose first convolution does the rest itself, grey
+    alone: (N, 2, H, W), the image times `scale`, and ones. It holds no parameters and adds nothing to a state dict.
     Raises ConfigError for a setting that cannot be.
     """
 
@@ -35,30 +36,44 @@ class Preprocessing(nn.Module):
         scale: float = 1.0,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
+        folded: bool = False,
     ) -> None:
         super().__init__()
         _check_preprocessing(order, (scale,), mean, std)
         self.order = order
         self.scale = float(scale)
+        self.folded = bool(folded)
         # As given too: the float32 buffers would not give them back as they came.
         self._mean, self._std = tuple(mean), tuple(std)
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, 3, H, W)."""
+        """Return (N, 3, H, W), or (N, 2, H, W) for a folded network. Raises ModelError for colour there."""
+        if self.folded:
+            return self._for_folded(x)
         # A grey channel is replicated by broadcasting against `mean`: it traces without a branch.
         ordered = x.flip(1) if self.order == "bgr" else x
         return (ordered * self.scale - self.mean) / self.std
 
+    def _for_folded(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 1:
+            raise ModelError(
+                f"this network was folded for grey images, (N, 1, H, W). Got {tuple(x.shape)} instead."
+            )
+        return torch.cat([x * self.scale, torch.ones_like(x)], 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, which `from_dict` takes back."""
-        return {"order": self.order, "scale": self.scale, "mean": list(self._mean), "std": list(self._std)}
+        return {
+            "order": self.order, "scale": self.scale, "mean": list(self._mean), "std": list(self._std),
+            "folded": self.folded,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """Build from the settings of `to_dict`. Raises ConfigError."""
-        wanted = {"order", "scale", "mean", "std"}
+        wanted = {"order", "scale", "mean", "std", "folded"}
         if set(settings) != wanted:
             raise ConfigError(f"preprocessing must have {sorted(wanted)}. Got {sorted(settings)} instead.")
         return cls(**settings)

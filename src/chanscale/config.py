@@ -54,9 +54,19 @@ class FitConfig(BaseModel):
     )
 
     # --- network
-    backbone: str = Field("vgg16", description="Pretrained network; see `chanscale weights list`.")
+    backbone: str = Field(
+        "vgg16",
+        description="Pretrained network: vgg16, efficientnet_lite0, or LIBRARY:NETWORK of monai, timm, torchvision or "
+        "transformers, e.g. monai:DenseNet121.",
+    )
     weights: Path | None = Field(
         None, description="File with the pretrained weights; default: the cache, then the sources."
+    )
+
+    fold_grey: bool = Field(
+        False,
+        description="For grey images: let the first convolution see each once instead of three times. Same outputs; "
+        "but its weights are sums, and no longer a slice of the pretrained ones.",
     )
 
     # --- what is to be left
@@ -104,6 +114,13 @@ class FitConfig(BaseModel):
     )
     scale_epochs: int = Field(8, ge=1, description="Epochs in which the scales shrink to the budget.")
     refine_epochs: int = Field(12, ge=0, description="Epochs without the penalty, after the last removal.")
+    anchor: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="While scales shrink, stretch those of each group so that the largest share of this size keeps a "
+        "mean of 1, as frozen norms behind them expect it; 0: do not. Networks without norms are never stretched.",
+    )
     pressure: float = Field(
         0.4,
         gt=0,

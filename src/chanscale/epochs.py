@@ -19,13 +19,17 @@ from chanscale.state import Best, TrainingState, make_optimizer
 
 
 class EpochRunner(Learner):
-    """Runs epochs of a `TrainingState`, in place; holds what stays the same from one to the next."""
+    """Runs epochs of a `TrainingState`, in place; holds what stays the same from one to the next.
+
+    `anchored`: the scales of a group are stretched after every shrinkage, so that its largest stay at 1.
+    """
 
     def __init__(
-        self, data: DecodedImages, splits: Splits, penalty: BudgetPenalty, config: FitConfig, watcher: Watcher
-    ) -> None:
+        self, data: DecodedImages, splits: Splits, penalty: BudgetPenalty, config: FitConfig, watcher: Watcher,
+        *, anchored: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(data, splits, config, watcher)
-        self.penalty = penalty
+        self.penalty, self.anchored = penalty, anchored
 
     def run(self, state: TrainingState, moment: Moment) -> None:
         """Run the epoch `moment` and add its row to the history."""
@@ -86,6 +90,8 @@ class EpochRunner(Learner):
         optimizer.zero_grad()
         if kind == "proximal":
             step = self.penalty.shrink(scales, self._pace(moment, done))
+        if kind and self.anchored:
+            scales.anchor(self.config.anchor)
         return step
 
     def _pace(self, moment: Moment, done: int) -> Pace:

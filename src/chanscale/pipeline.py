@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +25,7 @@ from chanscale.data.splits import Splits, split_images
 from chanscale.devices import find_precision
 from chanscale.errors import ChanscaleError, ConfigError
 from chanscale.evaluation import evaluate
+from chanscale.folding import fold_grey
 from chanscale.originals import Original, open_original
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
@@ -92,6 +93,8 @@ def _run(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
     info = describe_model(original, classifier, images)
+    if config.fold_grey and images.channels != 1:
+        raise ConfigError("fold_grey is for grey images, and these have colour; leave it out")
     if folder:
         folder.begin(images.images, splits)
     state, notes = (folder.load(classifier) if folder else None) or (None, {})
@@ -112,6 +115,8 @@ def _run(
             folder.save(state, notes | {"seconds": earlier + perf_counter() - began})
 
     best = fit(classifier, images, splits, config, state=state, watcher=watcher, save=save)
+    if config.fold_grey:
+        best = replace(best, model=fold_grey(best.model, images.batch(splits.validation[:2])[0]))
     info = kept_by(best, info)
     metrics = {
         **judge(best.model, images, splits, watcher),
@@ -203,10 +208,11 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 
 def kept_by(best: Best, info: ModelInfo) -> ModelInfo:
-    """Return `info` with the channels that `best` kept."""
-    return ModelInfo(
-        **{**vars(info), "kept": {name: indices.tolist() for name, indices in best.kept.items()}}
-    )
+    """Return `info` with the channels that `best` kept, and its preprocessing."""
+    preprocessing = best.model.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    kept = {name: indices.tolist() for name, indices in best.kept.items()}
+    return replace(info, kept=kept, preprocessing=preprocessing.to_dict())
 
 
 def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from chanscale.channels import ChannelGroup, free_groups
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
+from chanscale.coupling import NORMS
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.devices import make_fabric
@@ -45,7 +46,14 @@ def fit(
     groups = channel_groups(model, data.batch(splits.train[:2])[0])
     cost = trunk_cost(model, groups, data.batch(splits.train[:1])[0])
     penalty = BudgetPenalty(cost, width_rule(model, groups, config), config)
-    runner = EpochRunner(data, splits, penalty, config, watcher or Watcher())
+    runner = EpochRunner(
+        data,
+        splits,
+        penalty,
+        config,
+        watcher or Watcher(),
+        anchored=config.anchor > 0 and has_norms(groups, model),
+    )
     move_state(state, runner.fabric.device)
     for moment in plan_epochs(config):
         if moment.epoch < state.epoch:
@@ -80,6 +88,17 @@ def width_rule(model: Classifier, groups: tuple[ChannelGroup, ...], config: FitC
     last = {group.name for group in groups if heads & {slot.layer for slot in group.inputs}}
     unrounded = frozenset() if config.round_last else frozenset(last)
     return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded)
+
+
+def has_norms(groups: tuple[ChannelGroup, ...], model: Classifier) -> bool:
+    """Whether channels of the `groups` of `model` pass norms, whose statistics are frozen.
+
+    A norm takes off a mean that its input no longer has once the scales before it have shrunk; where there are many,
+    one behind the other, no signal is left. Without any, smaller scales make for smaller features, which the head
+    standardises.
+    """
+    layers = {slot.layer for group in groups if group.protected is None for slot in group.outputs}
+    return any(isinstance(model.get_submodule(name), NORMS) for name in layers)
 
 
 def _goes_on(state: TrainingState, penalty: BudgetPenalty, moment: Moment) -> bool:

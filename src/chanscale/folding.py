@@ -1,0 +1,65 @@
+"""Fold the first convolution for grey images: three equal inputs become one, and a constant."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from chanscale.backbones import Preprocessing
+from chanscale.classifier import Classifier
+from chanscale.errors import ModelError
+from chanscale.pruning import output_change
+
+FOLDED = 1e-5
+"""Largest change of an output, relative to the largest: the sums are rounded to fp32, as all weights are."""
+
+
+@torch.no_grad()
+def fold_grey(model: Classifier, images: Tensor) -> Classifier:
+    """Return a copy of `model` for grey images alone, whose first convolution sees each of them once.
+
+    `images`: (N, 1, H, W), to check it on. The network was given the same grey three times, shifted and scaled by the
+    preprocessing; its filters are summed over the three, once with the scales and once with the shifts, which belong
+    to a second input of ones (a bias would not do: zero padding adds nothing of the shift at the border). Outputs
+    stay but for rounding; these weights are no longer a slice of the checkpoint. Raises ModelError.
+    """
+    old = model.preprocessing
+    if not isinstance(old, Preprocessing) or old.folded:
+        raise ModelError("the network does not take grey images three times: there is nothing to fold")
+    folded = copy.deepcopy(model)
+    first = folded.get_submodule(_find_first(folded, images))
+    assert isinstance(first, _ConvNd)
+    if first.in_channels != 3 or first.weight.dim() != 4 or isinstance(first, _ConvTransposeNd):
+        raise ModelError("the first convolution does not take three channels: nothing can be folded")
+    scale, shift = 1 / old.std.double(), -old.mean.double() / old.std.double()  # (1, 3, 1, 1)
+    # `mean` and `std` follow the order of the weights, and a grey image is the same in any order.
+    weight = first.weight.double()
+    parts = [(weight * part).sum(1, keepdim=True) for part in (scale, shift)]
+    first.weight = nn.Parameter(torch.cat(parts, 1).to(first.weight.dtype), requires_grad=False)
+    first.in_channels = 2
+    folded.preprocessing = Preprocessing.from_dict({**old.to_dict(), "folded": True}).to(first.weight.device)
+    change = output_change(model, folded, images)
+    if not change <= FOLDED:
+        raise ModelError(
+            f"folding changes the output by {change:.1e} of its size: the image is used beside the first convolution"
+        )
+    return folded
+
+
+def _find_first(model: Classifier, images: Tensor) -> str:
+    """Return the name of the first convolution that is called."""
+    called: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd)
+    ]
+    try:
+        model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ModelError("the network has no convolution to fold")
+    return called[0]
