@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from chanscale.artifact import load_model
+from chanscale.catalogue import build_network
 from chanscale.errors import ArtifactError, BudgetError, ConfigError, DataError, ModelError, SplitError
 from chanscale.evaluation import evaluate
 from chanscale.pipeline import scale_and_select
@@ -216,6 +218,32 @@ def test_a_classifier_of_the_users_own_is_scaled_and_loses_its_head(resident, tm
     )
     loaded, _ = load_model(tmp_path / "run", trunk=resident)
     assert same_tensors(loaded, run.model)
+
+
+@pytest.fixture(scope="module")
+def weights_of_monai(tmp_path_factory):
+    """A file of random weights of MONAI's ResNet-10, as a hospital would bring its own."""
+    path = tmp_path_factory.mktemp("weights") / "resnet10.safetensors"
+    save_file(randomise(build_network("monai:resnet10")).state_dict(), path)
+    return path
+
+
+def test_a_network_of_a_library_is_named_and_rebuilt_by_its_name(weights_of_monai, tmp_path):
+    config = tiny_config(budget=0.5, scale_epochs=1, refine_epochs=1, weights=weights_of_monai)
+    run = scale_and_select("monai:resnet10", IMAGES.images, config=config, out=tmp_path / "run")
+    assert (run.info.backbone, run.info.head, run.info.rebuilt_by) == ("monai:resnet10", "fc", "name")
+    assert not (tmp_path / "run" / "program.pt2").exists()
+    loaded, _ = load_model(tmp_path / "run")
+    assert same_tensors(loaded, run.model)
+    x = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), run.model(x))
+
+
+def test_a_name_of_nothing_is_an_error_before_any_image_is_read(tmp_path):
+    with pytest.raises(ConfigError, match="is no source of networks"):
+        scale_and_select("keras:VGG16", tmp_path / "nowhere", out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def without_prefix(kept):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ def load_network(
         network = _load(found, weights)
     progress(f"loading {name}", 1, 1)
     return network
+
+
+def require_network(name: str) -> None:
+    """Raise ConfigError unless `name` is that of a backbone of ours, or of a library that is installed."""
+    _find(name)
 
 
 def load_weights(model: nn.Module, path: Path) -> set[str]:
@@ -192,7 +198,10 @@ def _require_network(made: object, name: str) -> nn.Module:
 
 def _with_head(trunk: nn.Module) -> nn.Module:
     width = trunk.get_submodule(_last_layer(trunk)).out_channels
-    return nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cast(int, width), 2))
+    head = nn.Linear(cast(int, width), 2)
+    return nn.Sequential(
+        OrderedDict(trunk=trunk, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), head=head)
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 from chanscale import __version__
 from chanscale.artifact import ModelInfo
 from chanscale.backbones import Preprocessing
+from chanscale.catalogue import require_network
 from chanscale.channels import carry_groups, free_groups
 from chanscale.classifier import Classifier, assemble, to_channels_last
 from chanscale.config import FitConfig
@@ -85,6 +86,8 @@ def _run(
     watcher: Watcher,
 ) -> Run:
     began = perf_counter()
+    if isinstance(model, str):
+        require_network(model)  # before the images are read, which may take long
     images = load_images(data, config, watcher)
     splits = (folder.read_splits(images.images) if folder else None) or split_images(
         images.images, validation=config.validation, test=config.test, seed=config.seed
