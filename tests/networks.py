@@ -71,6 +71,17 @@ def strided_trunk() -> nn.Module:
     )  # fmt: skip
 
 
+def grouped_trunk() -> nn.Module:
+    """Grouped convolutions of both ways: few wide groups, which keep their number, and many narrow ones."""
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(),
+        nn.Conv2d(24, 36, 3, groups=2), nn.BatchNorm2d(36), nn.ReLU(),
+        nn.Conv2d(36, 24, 1), nn.ReLU(),
+        nn.Conv2d(24, 36, 3, padding=1, groups=12), nn.ReLU(),
+        nn.Conv2d(36, 10, 1), nn.ReLU(),
+    )  # fmt: skip
+
+
 def nested_trunk() -> nn.Module:
     """Blocks within blocks, and one ReLU for all of them."""
     relu = nn.ReLU(inplace=True)
@@ -131,6 +142,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "norm behind the ReLU": late_norm_trunk,
     "without ReLU": bare_trunk,
     "strides and paddings": strided_trunk,
+    "grouped": grouped_trunk,
     "nested, shared ReLU": nested_trunk,
     "functional": FunctionalTrunk,
     "two names": AliasTrunk,
@@ -139,7 +151,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
 
 SHAPES = dict.fromkeys(TRUNKS | {"flatten": FlattenNet, "pool and flatten": pooled_net}, (4, 3, 16, 16))
 NASTY = {name: made for name, made in own_networks().items() if name != "VGG16"}
-ALL_PROTECTED = ("split and concatenate", "grouped convolution")
+ALL_PROTECTED = ("split and concatenate", "grouped convolution, one output each")
 
 NETWORKS = (
     TRUNKS

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from chanscale.backbones import build_backbone
 from chanscale.channels import free_groups
@@ -19,7 +20,7 @@ def counted(model, example):
         each = layer.weight[0].numel()
         macs.append(output[0].numel() * each)
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)]
     called = []
     hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
     hooks += [layer.register_forward_hook(count) for layer in layers]

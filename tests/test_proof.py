@@ -19,7 +19,8 @@ NETWORKS = {name: network for name, network in own_networks().items() if name !=
 PROTECTED = {
     "sigmoid activation": "changes the output",
     "hard-coded view": "does not run without them",
-    "grouped convolution": "is a grouped convolution",
+    "grouped convolution on parts": "not each channel has as many positions in left.0",
+    "grouped convolution, one output each": "makes one channel of each group of channels",
     "group norm": "GroupNorm) computes over all channels",
 }
 

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chanscale.channels import Axis, ChannelGroup, ScaleSite, Slot
+from chanscale.coarsening import coarsen
 from chanscale.errors import UnsupportedTopologyError, one_line
 from chanscale.heads import PooledHead
+from chanscale.slicing import is_depthwise, leave_as_groups
 
 NORMS = (_BatchNorm, _InstanceNorm)
 """Norms that treat every channel apart from the others, while they are in eval mode."""
@@ -44,10 +46,20 @@ def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ..
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
-    groups = [_describe(group, trace) for group in found]
+    groups = sorted((_describe(group, trace) for group in found), key=lambda group: order[group.name])
     if not groups:
         raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
-    return tuple(_protect_overlaps(sorted(groups, key=lambda group: order[group.name])))
+    coarse = sorted(coarsen(groups, _grouped(model)), key=lambda group: order[group.name])
+    return tuple(_protect_overlaps(coarse))
+
+
+def _grouped(model: nn.Module) -> dict[str, _ConvNd]:
+    """Return the grouped convolutions of `model` that are not depthwise, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
+    }
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,8 @@ def _describe(group: Any, trace: _Trace) -> ChannelGroup:
         inputs=tuple(Slot(names[layer], *_transpose(slot)) for layer, slot in inputs.items()),
         sites=tuple(
             ScaleSite(names[site.module], *_transpose(outputs[site.module]), relu=_find_relu(site, trace))
-            for site in _find_sites(nodes, outputs, inputs)
+            # What leaves with its group needs no scale in front of the convolution: there is one behind it.
+            for site in _find_sites(nodes, outputs, [taker for taker in inputs if not leave_as_groups(taker)])
         ),
         protected=reason,
     )
@@ -161,8 +174,11 @@ def _obstacle(node: Any, names: Mapping[nn.Module, str]) -> str | None:
         return None
     if isinstance(module, (_ConvNd, *NORMS)) and "weight" not in module._parameters:
         return f"the weight of {names[module]} is computed from other tensors"
-    if isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module):
-        return f"{names[module]} is a grouped convolution"
+    if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+        if isinstance(module, _ConvTransposeNd):
+            return f"{names[module]} is a grouped transposed convolution"
+        if module.groups == module.out_channels:  # Torch-Pruning takes it for depthwise
+            return f"{names[module]} makes one channel of each group of channels"
     if not isinstance(module, (_ConvNd, nn.Linear, nn.PReLU, *NORMS)):
         return f"{names[module]} ({type(module).__name__}) computes over all channels"
     return None
@@ -173,13 +189,9 @@ def _is_shared(module: nn.Module) -> bool:
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-
-
 def _passes_on(module: nn.Module) -> bool:
     """Whether what comes out of `module` has the channels that went in."""
-    return isinstance(module, (nn.PReLU, *NORMS)) or _is_depthwise(module)
+    return isinstance(module, (nn.PReLU, *NORMS)) or is_depthwise(module)
 
 
 def _find_sites(
