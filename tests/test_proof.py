@@ -107,7 +107,21 @@ def test_behind_a_flatten_a_channel_has_several_positions():
     assert linear.holding([1]) == tuple(range(16, 32))
 
 
-MONAI = ("MONAI ResNet-18 3-D", "MONAI DenseNet-121", "MONAI EfficientNet-B0", "MONAI SE-ResNet-50")
+MONAI = (
+    "MONAI ResNet-18 3-D", "MONAI DenseNet-121", "MONAI EfficientNet-B0", "MONAI SE-ResNet-50", "MONAI SE-ResNeXt-50",
+)  # fmt: skip
+
+
+SEGMENTERS = ("MONAI UNet", "MONAI BasicUNet, instance norm")
+
+
+@pytest.mark.filterwarnings("ignore")  # of MONAI's own imports
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_a_segmenter_of_monai_keeps_the_channels_that_it_returns(name):
+    make, shape = monai_networks()[name]
+    groups = channel_groups(randomise(make()), torch.randn(shape))
+    [last] = [group for group in groups if group.protected]
+    assert (last.width, last.protected) == (2, "the network returns these channels")
 
 
 @torch.no_grad()

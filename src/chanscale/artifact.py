@@ -40,7 +40,8 @@ class ModelInfo:
     `kept`: for each group, named by a convolution, the ascending indices of its channels in the original backbone;
     groups that are protected are not named. Where grouped convolutions hold channels together, those count as one.
     `image_size` in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that
-    ours replaced, if one was. `rebuilt_by`: its name; or a program that lies beside the file; or only the original network.
+    ours replaced, if one was. `rebuilt_by`: its name; or a program that lies beside the file; or only the original
+    network.
     """
 
     backbone: str

@@ -31,6 +31,8 @@ NORMS = (_BatchNorm, _InstanceNorm)
 GATES = ("Sigmoid", "Hardsigmoid", "Softmax")
 """What comes out of these multiplies other channels: its own 0 is not needed, and would not be one behind them."""
 
+RETURNED = "the network returns these channels"
+
 Positions = dict[nn.Module, dict[int, int]]
 """For each layer: position -> the channel of the group that it holds."""
 
@@ -78,7 +80,7 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
     # Autograd records what requires a gradient: the twin's parameters do, on the memory of the model's.
     memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters()}
     memory |= {id(buffer): buffer for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memory).eval()
+    twin = _ease_tracing(copy.deepcopy(model, memory).eval())
     calls = _watch_relus(twin)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
@@ -91,6 +93,18 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
     count = Counter(relu for relu, _ in calls)
     relus = {input_of: relu for relu, input_of in calls if count[relu] == 1}
     return _Trace(graph, _name_layers(twin), relus)
+
+
+def _ease_tracing(twin: nn.Module) -> nn.Module:
+    """Spare Torch-Pruning, in place, what it loses the number of channels at; return `twin`."""
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            # Done in place on a view, as an instance norm returns one, an activation hides the norm.
+            module.inplace = False  # type: ignore[assignment]
+        if isinstance(module, (nn.PReLU, _InstanceNorm)):
+            # Their weights pass through a view or a repeat, which would look like another input.
+            module.requires_grad_(requires_grad=False)
+    return twin
 
 
 def _name_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -125,6 +139,8 @@ def _describe(group: Any, trace: _Trace) -> ChannelGroup:
         if module not in names or _is_shared(module):
             continue
         takes_in = item.dep.handler.__name__ == "prune_in_channels" and not _passes_on(module)
+        if not takes_in and not node.outputs:
+            reason = reason or RETURNED
         slot = (inputs if takes_in else outputs)[module]
         for position, channel in zip(item.idxs, item.root_idxs, strict=True):
             if slot.setdefault(position, channel) != channel:
@@ -167,7 +183,7 @@ def _obstacle(node: Any, names: Mapping[nn.Module, str]) -> str | None:
     """Return why channels that pass `node` cannot be removed, as far as its type tells."""
     module = node.module
     if type(module).__name__ == "_OutputOp":
-        return "the network returns these channels"
+        return RETURNED
     if isinstance(module, nn.Parameter):
         return "they meet a parameter that belongs to no layer"
     if module not in names:
