@@ -198,6 +198,14 @@ def own_networks() -> dict[str, Architecture]:
             lambda net, x: net.head(net.body(net.stem(x))), 12, stem=conv(3, 16),
             body=nn.Sequential(conv(16, 32, groups=16), conv(32, 12, 1)),
         ),
+        "U-Net": make(
+            lambda net, x: net.head(torch.cat([x := net.stem(x), net.up(net.down(x))], dim=1)), 24,
+            stem=nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.InstanceNorm2d(12, affine=True), nn.PReLU()),
+            down=nn.Sequential(
+                nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.InstanceNorm2d(16), nn.LeakyReLU(0.1, inplace=True),
+            ),
+            up=nn.Sequential(nn.ConvTranspose2d(16, 12, 2, stride=2), nn.BatchNorm2d(12), nn.PReLU()),
+        ),
         "flatten with positions": (
             lambda: nn.Sequential(conv(3, 16), nn.MaxPool2d(16), nn.Flatten(), nn.Linear(16 * 16, 2)), IMAGE,
         ),

@@ -9,7 +9,7 @@ from architectures import own_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.artifact import ModelInfo
 from chanscale.attaching import attach_scales
@@ -276,9 +276,10 @@ def require_slices(pruned: nn.Module, original: nn.Module, kept: dict[str, Tenso
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ]:
-                wanted = without(tensor, 0, gone.get(("outputs", name), ()))
+                turned = isinstance(module, _ConvTransposeNd) and tensor.dim() > 1
+                wanted = without(tensor, int(turned), gone.get(("outputs", name), ()))
                 if tensor.dim() > 1:
-                    wanted = without(wanted, 1, gone.get(("inputs", name), ()))
+                    wanted = without(wanted, int(not turned), gone.get(("inputs", name), ()))
                 assert torch.equal(tensors[key], wanted), f"{name}.{key}"
 
 
