@@ -68,6 +68,11 @@ class ChannelGroup:
         """Every layer of the group once, those that make the channels first."""
         return tuple(dict.fromkeys(slot.layer for slot in (*self.outputs, *self.inputs)))
 
+    @property
+    def size(self) -> int:
+        """How many channels of the layer `name` one channel of the group is: more than one for grouped convolutions."""
+        return next(len(slot.positions) // self.width for slot in self.outputs if slot.layer == self.name)
+
     def slots(self) -> Iterator[tuple[Axis, Slot]]:
         """Yield every slot with its axis."""
         yield from (("outputs", slot) for slot in self.outputs)
