@@ -114,6 +114,13 @@ def pre_activate(net: Function, x: Tensor) -> Tensor:
     return net.head(F.relu(net.norm3(x)))
 
 
+def add_grouped(net: Function, x: Tensor) -> Tensor:
+    """Add what grouped convolutions make of a sum to it."""
+    x = net.stem(x)
+    x = x + net.wide(x)
+    return net.head(x + net.narrow(x))
+
+
 def functional(net: Function, x: Tensor) -> Tensor:
     """Layers and activations as functions."""
     x = F.max_pool2d(F.relu(net.first(x)), 2)
@@ -155,11 +162,57 @@ def own_networks() -> dict[str, Architecture]:
         "sigmoid activation": make(squash, 12, stem=conv(3, 16), body=conv(16, 12)),
         "hard-coded view": make(hard_coded, 12, stem=conv(3, 16), body=conv(16, 12)),
         "grouped convolution": make(
-            lambda net, x: net.head(net.body(net.stem(x))), 12, stem=conv(3, 16), body=conv(16, 12, groups=4)
+            lambda net, x: net.head(net.body(net.stem(x))), 24, stem=conv(3, 16), body=conv(16, 24, groups=8)
+        ),
+        "grouped convolution, wide groups": make(
+            lambda net, x: net.head(net.body(net.stem(x))), 12, stem=conv(3, 24),
+            body=nn.Sequential(conv(24, 32, groups=2), conv(32, 12, groups=2), conv(12, 12, 1)),
+        ),
+        "grouped convolutions on a sum": make(
+            add_grouped, 24, stem=conv(3, 24), narrow=conv(24, 24, groups=12), wide=conv(24, 24, groups=2),
+        ),
+        "grouped convolutions that differ": make(
+            lambda net, x: net.head(torch.cat([net.left(x := net.stem(x)), net.right(x)], dim=1)), 42,
+            stem=conv(3, 24), left=conv(24, 24, groups=2), right=conv(24, 18, groups=3),
+        ),
+        "grouped convolution on halves": make(
+            lambda net, x: net.head(net.body(torch.cat([net.left(x), net.right(x)], dim=1))), 24,
+            left=conv(3, 12), right=conv(3, 12), body=nn.Sequential(conv(24, 24, groups=2), conv(24, 24, 1)),
+        ),
+        "grouped convolution on parts": make(
+            lambda net, x: net.head(net.body(torch.cat([net.left(x), net.right(x)], dim=1))), 24,
+            left=conv(3, 16), right=conv(3, 8), body=nn.Sequential(conv(24, 24, groups=2), conv(24, 24, 1)),
+        ),
+        "grouped convolution of the input": make(
+            lambda net, x: net.head(net.body(net.stem(x))), 12, stem=conv(3, 24, groups=3), body=conv(24, 12)
+        ),
+        "grouped convolution, one output each": make(
+            lambda net, x: net.head(net.body(net.stem(x))), 12, stem=conv(3, 24), body=conv(24, 12, groups=12)
+        ),
+        "grouped convolution 1-D": (
+            lambda: nn.Sequential(
+                nn.Conv1d(1, 24, 5), nn.ReLU(), nn.Conv1d(24, 24, 5, groups=2), nn.BatchNorm1d(24), nn.ReLU(),
+                nn.Conv1d(24, 36, 5, groups=12), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(36, 2),
+            ), SIGNAL,
+        ),
+        "grouped convolution 3-D": (
+            lambda: nn.Sequential(
+                nn.Conv3d(1, 24, 3, stride=2), nn.ReLU(), nn.Conv3d(24, 24, 3, groups=2), nn.BatchNorm3d(24),
+                nn.ReLU(), nn.Conv3d(24, 36, 3, groups=12), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(),
+                nn.Linear(36, 2),
+            ), VOLUME,
         ),
         "depthwise, multiplier 2": make(
             lambda net, x: net.head(net.body(net.stem(x))), 12, stem=conv(3, 16),
             body=nn.Sequential(conv(16, 32, groups=16), conv(32, 12, 1)),
+        ),
+        "U-Net": make(
+            lambda net, x: net.head(torch.cat([x := net.stem(x), net.up(net.down(x))], dim=1)), 24,
+            stem=nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.InstanceNorm2d(12, affine=True), nn.PReLU()),
+            down=nn.Sequential(
+                nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.InstanceNorm2d(16), nn.LeakyReLU(0.1, inplace=True),
+            ),
+            up=nn.Sequential(nn.ConvTranspose2d(16, 12, 2, stride=2), nn.BatchNorm2d(12), nn.PReLU()),
         ),
         "flatten with positions": (
             lambda: nn.Sequential(conv(3, 16), nn.MaxPool2d(16), nn.Flatten(), nn.Linear(16 * 16, 2)), IMAGE,

@@ -9,7 +9,7 @@ from architectures import own_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.artifact import ModelInfo
 from chanscale.attaching import attach_scales
@@ -68,6 +68,17 @@ def strided_trunk() -> nn.Module:
         nn.Conv2d(12, 8, 3, padding="same"), nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
         nn.Conv2d(8, 6, 1, padding="valid"), nn.ReLU(),
+    )  # fmt: skip
+
+
+def grouped_trunk() -> nn.Module:
+    """Grouped convolutions of both ways: few wide groups, which keep their number, and many narrow ones."""
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(),
+        nn.Conv2d(24, 36, 3, groups=2), nn.BatchNorm2d(36), nn.ReLU(),
+        nn.Conv2d(36, 24, 1), nn.ReLU(),
+        nn.Conv2d(24, 36, 3, padding=1, groups=12), nn.ReLU(),
+        nn.Conv2d(36, 10, 1), nn.ReLU(),
     )  # fmt: skip
 
 
@@ -131,6 +142,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "norm behind the ReLU": late_norm_trunk,
     "without ReLU": bare_trunk,
     "strides and paddings": strided_trunk,
+    "grouped": grouped_trunk,
     "nested, shared ReLU": nested_trunk,
     "functional": FunctionalTrunk,
     "two names": AliasTrunk,
@@ -139,7 +151,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
 
 SHAPES = dict.fromkeys(TRUNKS | {"flatten": FlattenNet, "pool and flatten": pooled_net}, (4, 3, 16, 16))
 NASTY = {name: made for name, made in own_networks().items() if name not in ("VGG16", "EfficientNet-Lite0")}
-ALL_PROTECTED = ("split and concatenate", "grouped convolution")
+ALL_PROTECTED = ("split and concatenate", "grouped convolution, one output each")
 
 NETWORKS = (
     TRUNKS
@@ -264,9 +276,10 @@ def require_slices(pruned: nn.Module, original: nn.Module, kept: dict[str, Tenso
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ]:
-                wanted = without(tensor, 0, gone.get(("outputs", name), ()))
+                turned = isinstance(module, _ConvTransposeNd) and tensor.dim() > 1
+                wanted = without(tensor, int(turned), gone.get(("outputs", name), ()))
                 if tensor.dim() > 1:
-                    wanted = without(wanted, 1, gone.get(("inputs", name), ()))
+                    wanted = without(wanted, int(not turned), gone.get(("inputs", name), ()))
                 assert torch.equal(tensors[key], wanted), f"{name}.{key}"
 
 

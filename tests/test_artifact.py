@@ -13,7 +13,16 @@ from chanscale.classifier import to_channels_last
 from chanscale.errors import ArtifactError
 from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
-from networks import attach, build_classifier, describe, images, renew_statistics, same_tensors, set_scales
+from networks import (
+    attach,
+    build_classifier,
+    describe,
+    grouped_trunk,
+    images,
+    renew_statistics,
+    same_tensors,
+    set_scales,
+)
 from tiny_backbone import TinyTrunk, register
 
 
@@ -188,6 +197,19 @@ def test_metadata_that_were_tampered_with_are_an_error(saved, name):
     _, path = saved
     retell(path, TAMPERINGS[name])
     error_of(path)
+
+
+def test_a_channel_of_a_grouped_network_is_several_of_a_layer(tmp_path):
+    trunk = grouped_trunk()
+    model = attach(build_classifier(trunk))
+    kept = dict(set_scales(model).kept)
+    pruned = prune_channels(model, ChannelSelection(kept))
+    path = save_model(pruned, describe(pruned, kept), tmp_path / "m.safetensors")
+    loaded, info = load_model(path, trunk=trunk)
+    assert len(info.kept["trunk.0"]) * 2 == loaded.trunk[0].out_channels == 16
+    for wrong in (info.kept["trunk.0"][1:], [*info.kept["trunk.0"][1:], 12]):
+        retell(path, lambda told, wrong=wrong: told["kept"].update({"trunk.0": wrong}))
+        assert "has 16 of 24 channels" in error_of(path, trunk=trunk)
 
 
 def test_metadata_that_are_no_json_are_an_error(saved):

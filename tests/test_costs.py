@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.backbones import build_backbone
 from chanscale.channels import free_groups
@@ -16,10 +17,11 @@ def counted(model, example):
     macs = []
 
     def count(layer, inputs, output):
-        each = layer.weight[0].numel()
-        macs.append(output[0].numel() * each)
+        # A transposed convolution applies its filters at each place of its input.
+        places = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+        macs.append(places[0].numel() * layer.weight[0].numel())
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)]
     called = []
     hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
     hooks += [layer.register_forward_hook(count) for layer in layers]

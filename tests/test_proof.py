@@ -21,7 +21,8 @@ NETWORKS = {
 PROTECTED = {
     "sigmoid activation": "changes the output",
     "hard-coded view": "does not run without them",
-    "grouped convolution": "is a grouped convolution",
+    "grouped convolution on parts": "not each channel has as many positions in left.0",
+    "grouped convolution, one output each": "makes one channel of each group of channels",
     "group norm": "GroupNorm) computes over all channels",
 }
 
@@ -108,7 +109,21 @@ def test_behind_a_flatten_a_channel_has_several_positions():
     assert linear.holding([1]) == tuple(range(16, 32))
 
 
-MONAI = ("MONAI ResNet-18 3-D", "MONAI DenseNet-121", "MONAI EfficientNet-B0", "MONAI SE-ResNet-50")
+MONAI = (
+    "MONAI ResNet-18 3-D", "MONAI DenseNet-121", "MONAI EfficientNet-B0", "MONAI SE-ResNet-50", "MONAI SE-ResNeXt-50",
+)  # fmt: skip
+
+
+SEGMENTERS = ("MONAI UNet", "MONAI BasicUNet, instance norm")
+
+
+@pytest.mark.filterwarnings("ignore")  # of MONAI's own imports
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_a_segmenter_of_monai_keeps_the_channels_that_it_returns(name):
+    make, shape = monai_networks()[name]
+    groups = channel_groups(randomise(make()), torch.randn(shape))
+    [last] = [group for group in groups if group.protected]
+    assert (last.width, last.protected) == (2, "the network returns these channels")
 
 
 @torch.no_grad()

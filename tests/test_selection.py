@@ -99,6 +99,14 @@ def test_a_rule_gives_the_least_allowed_width_that_is_enough(wanted, width, mini
     assert unrounded == min(width, max(wanted, minimum, 1))
 
 
+@pytest.mark.parametrize(
+    ("size", "widths"), [(1, [16, 16, 32, 64]), (2, [8, 16, 24, 64]), (32, [1, 9, 17, 64])]
+)
+def test_a_rule_counts_the_channels_of_a_layer(size, widths):
+    rule = WidthRule(minimum=4, round_to=16, sizes={"a": size})
+    assert [rule.apply("a", wanted, 64) for wanted in (1, 9, 17, 64)] == widths
+
+
 def is_kept(values, kept):
     return torch.zeros(len(values), dtype=torch.bool).index_fill(0, kept, True)
 

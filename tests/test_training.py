@@ -5,13 +5,22 @@ import copy
 import pytest
 import torch
 
+from chanscale.artifact import load_model, save_model
 from chanscale.channels import free_groups
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.costs import trunk_cost
 from chanscale.errors import BudgetError, TrainingError
 from chanscale.pruning import ROUNDING
 from chanscale.training import fit
-from networks import require_slices, same_tensors, widths_of
+from networks import (
+    build_classifier,
+    describe,
+    grouped_trunk,
+    randomise,
+    require_slices,
+    same_tensors,
+    widths_of,
+)
 from tiny_fits import SPLITS, WIDTHS, tiny_classifier, tiny_config, tiny_images
 
 DATA = tiny_images()
@@ -28,6 +37,18 @@ def run(config, **options):
 @pytest.fixture(scope="module")
 def undisturbed():
     return run(tiny_config())
+
+
+def test_law_5_holds_for_grouped_convolutions(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = build_classifier(randomise(grouped_trunk()))
+    before, trunk = copy.deepcopy(model), copy.deepcopy(model.trunk)
+    best = fit(model, DATA, SPLITS, tiny_config(budget=0.5))
+    assert any(len(kept) < widths_of(before)[name] for name, kept in best.kept.items())
+    require_slices(best.model, before, best.kept)
+    path = save_model(best.model, describe(best.model, best.kept), tmp_path / "m.safetensors")
+    assert same_tensors(load_model(path, trunk=trunk)[0], best.model)
 
 
 def without_seconds(history):

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from chanscale import __version__
 from chanscale.backbones import Preprocessing
@@ -37,9 +38,10 @@ class ModelInfo:
     """What a model file says about its model, beside the tensors.
 
     `kept`: for each group, named by a convolution, the ascending indices of its channels in the original backbone;
-    groups that are protected are not named. `image_size`
-    in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that ours replaced,
-    if one was. `rebuilt_by`: its name; or a program that lies beside the file; or only the original network.
+    groups that are protected are not named. Where grouped convolutions hold channels together, those count as one.
+    `image_size` in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that
+    ours replaced, if one was. `rebuilt_by`: its name; or a program that lies beside the file; or only the original
+    network.
     """
 
     backbone: str
@@ -103,15 +105,19 @@ def rebuild(info: ModelInfo, tensors: Mapping[str, Tensor], *, trunk: nn.Module 
         raise ModelError(f"{len(info.classes)} classes need {outputs} outputs, and there are others")
     whole = {name: output_width(model.get_submodule(name)) for name in info.kept}
     install_tensors(model, tensors)
+    grouped = any(isinstance(module, _ConvNd) and module.groups > 1 for module in trunk.modules())
     for name, indices in info.kept.items():
-        _require_indices(name, indices, whole[name], output_width(model.get_submodule(name)))
+        width = output_width(model.get_submodule(name))
+        # Where convolutions are grouped, a channel may be several of the layer's.
+        each = max(1, width // max(1, len(indices))) if grouped else 1
+        _require_indices(name, indices, whole[name], width, each=each)
     _require_run(model, info)
     return model
 
 
-def _require_indices(name: str, indices: list[int], whole: int, width: int) -> None:
-    ascending = all(low < high for low, high in pairwise((-1, *indices, whole)))
-    if len(indices) != width or not ascending:
+def _require_indices(name: str, indices: list[int], whole: int, width: int, *, each: int) -> None:
+    ascending = all(low < high for low, high in pairwise((-1, *indices, whole // each)))
+    if len(indices) * each != width or whole % each or not ascending:
         raise ModelError(f"{name!r} has {width} of {whole} channels, which {indices[:8]}... cannot be")
 
 

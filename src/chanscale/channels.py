@@ -50,7 +50,8 @@ class ScaleSite(Slot):
 class ChannelGroup:
     """Channels that are there, or not, in all of these layers at once.
 
-    `name`: the convolution that the channels are counted in. `outputs` make or pass them on, `inputs` take them
+    `name`: the convolution that the channels are counted in, one by one, or several to a channel where grouped
+    convolutions hold them together. `outputs` make or pass them on, `inputs` take them
     in. `sites`: those of the outputs behind which a scale must sit; where all of them are 0, a channel can go.
     `protected`: why no channel can be removed, or None. Layers are named as `model.get_submodule` takes them.
     """
@@ -66,6 +67,11 @@ class ChannelGroup:
     def layers(self) -> tuple[str, ...]:
         """Every layer of the group once, those that make the channels first."""
         return tuple(dict.fromkeys(slot.layer for slot in (*self.outputs, *self.inputs)))
+
+    @property
+    def size(self) -> int:
+        """How many channels of the layer `name` one channel of the group is: more than one for grouped convolutions."""
+        return next(len(slot.positions) // self.width for slot in self.outputs if slot.layer == self.name)
 
     def slots(self) -> Iterator[tuple[Axis, Slot]]:
         """Yield every slot with its axis."""

@@ -16,18 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from chanscale.channels import Axis, ChannelGroup, ScaleSite, Slot
+from chanscale.coarsening import coarsen
 from chanscale.errors import UnsupportedTopologyError, one_line
 from chanscale.heads import PooledHead
+from chanscale.slicing import is_depthwise, leave_as_groups
 
 NORMS = (_BatchNorm, _InstanceNorm)
 """Norms that treat every channel apart from the others, while they are in eval mode."""
 
 GATES = ("Sigmoid", "Hardsigmoid", "Softmax")
 """What comes out of these multiplies other channels: its own 0 is not needed, and would not be one behind them."""
+
+RETURNED = "the network returns these channels"
 
 Positions = dict[nn.Module, dict[int, int]]
 """For each layer: position -> the channel of the group that it holds."""
@@ -44,10 +48,20 @@ def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ..
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
-    groups = [_describe(group, trace) for group in found]
+    groups = sorted((_describe(group, trace) for group in found), key=lambda group: order[group.name])
     if not groups:
         raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
-    return tuple(_protect_overlaps(sorted(groups, key=lambda group: order[group.name])))
+    coarse = sorted(coarsen(groups, _grouped(model)), key=lambda group: order[group.name])
+    return tuple(_protect_overlaps(coarse))
+
+
+def _grouped(model: nn.Module) -> dict[str, _ConvNd]:
+    """Return the grouped convolutions of `model` that are not depthwise, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
+    }
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
     # Autograd records what requires a gradient: the twin's parameters do, on the memory of the model's.
     memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters()}
     memory |= {id(buffer): buffer for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memory).eval()
+    twin = _ease_tracing(copy.deepcopy(model, memory).eval())
     calls = _watch_relus(twin)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
@@ -79,6 +93,18 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
     count = Counter(relu for relu, _ in calls)
     relus = {input_of: relu for relu, input_of in calls if count[relu] == 1}
     return _Trace(graph, _name_layers(twin), relus)
+
+
+def _ease_tracing(twin: nn.Module) -> nn.Module:
+    """Spare Torch-Pruning, in place, what it loses the number of channels at; return `twin`."""
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            # Done in place on a view, as an instance norm returns one, an activation hides the norm.
+            module.inplace = False  # type: ignore[assignment]
+        if isinstance(module, (nn.PReLU, _InstanceNorm)):
+            # Their weights pass through a view or a repeat, which would look like another input.
+            module.requires_grad_(requires_grad=False)
+    return twin
 
 
 def _name_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -113,6 +139,8 @@ def _describe(group: Any, trace: _Trace) -> ChannelGroup:
         if module not in names or _is_shared(module):
             continue
         takes_in = item.dep.handler.__name__ == "prune_in_channels" and not _passes_on(module)
+        if not takes_in and not node.outputs:
+            reason = reason or RETURNED
         slot = (inputs if takes_in else outputs)[module]
         for position, channel in zip(item.idxs, item.root_idxs, strict=True):
             if slot.setdefault(position, channel) != channel:
@@ -124,7 +152,8 @@ def _describe(group: Any, trace: _Trace) -> ChannelGroup:
         inputs=tuple(Slot(names[layer], *_transpose(slot)) for layer, slot in inputs.items()),
         sites=tuple(
             ScaleSite(names[site.module], *_transpose(outputs[site.module]), relu=_find_relu(site, trace))
-            for site in _find_sites(nodes, outputs, inputs)
+            # What leaves with its group needs no scale in front of the convolution: there is one behind it.
+            for site in _find_sites(nodes, outputs, [taker for taker in inputs if not leave_as_groups(taker)])
         ),
         protected=reason,
     )
@@ -154,15 +183,18 @@ def _obstacle(node: Any, names: Mapping[nn.Module, str]) -> str | None:
     """Return why channels that pass `node` cannot be removed, as far as its type tells."""
     module = node.module
     if type(module).__name__ == "_OutputOp":
-        return "the network returns these channels"
+        return RETURNED
     if isinstance(module, nn.Parameter):
         return "they meet a parameter that belongs to no layer"
     if module not in names:
         return None
     if isinstance(module, (_ConvNd, *NORMS)) and "weight" not in module._parameters:
         return f"the weight of {names[module]} is computed from other tensors"
-    if isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module):
-        return f"{names[module]} is a grouped convolution"
+    if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
+        if isinstance(module, _ConvTransposeNd):
+            return f"{names[module]} is a grouped transposed convolution"
+        if module.groups == module.out_channels:  # Torch-Pruning takes it for depthwise
+            return f"{names[module]} makes one channel of each group of channels"
     if not isinstance(module, (_ConvNd, nn.Linear, nn.PReLU, *NORMS)):
         return f"{names[module]} ({type(module).__name__}) computes over all channels"
     return None
@@ -173,13 +205,9 @@ def _is_shared(module: nn.Module) -> bool:
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-
-
 def _passes_on(module: nn.Module) -> bool:
     """Whether what comes out of `module` has the channels that went in."""
-    return isinstance(module, (nn.PReLU, *NORMS)) or _is_depthwise(module)
+    return isinstance(module, (nn.PReLU, *NORMS)) or is_depthwise(module)
 
 
 def _find_sites(

@@ -74,6 +74,8 @@ def _report(model: nn.Module, group: ChannelGroup, positions: dict[str, int]) ->
             width = next(
                 (int(getattr(layer, name)) for name in axis if hasattr(layer, name)), len(slot.positions)
             )
+            if axis is INPUT_WIDTHS and isinstance(layer, _ConvNd):
+                width //= layer.groups  # which share the axis
             # Along the inputs there is the weight alone; a bias belongs to the outputs.
             parameters += (
                 sum(weights if axis is OUTPUT_WIDTHS else weights[:1]) * len(slot.positions) // width
@@ -95,7 +97,7 @@ def _count_prunable(model: nn.Module, groups: Iterable[ChannelGroup]) -> int:
     for name, conv in _convolutions(model):
         per_pair = conv.weight.numel() // (conv.out_channels * (conv.in_channels // conv.groups))
         stay_out = conv.out_channels - len(outputs[name])
-        stay_in = conv.in_channels // conv.groups - (len(inputs[name]) if conv.groups == 1 else 0)
+        stay_in = conv.in_channels // conv.groups - len(inputs[name])
         total += conv.weight.numel() - stay_out * stay_in * per_pair
     return total
 

@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.errors import ModelError
 from chanscale.scaling import SCALE, add_scale, ensure_affine, freeze, scale_of
+from chanscale.slicing import leave_as_groups
 
 
 def install_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -70,9 +71,10 @@ def adopt_widths(layer: nn.Module) -> None:
 @adopt_widths.register
 def _(layer: _ConvNd) -> None:
     first, second = layer.weight.shape[:2]
-    if layer.groups == layer.in_channels > 1:  # depthwise: a filter for each channel
-        layer.groups = layer.in_channels = first
-        layer.out_channels = first
+    if leave_as_groups(layer):
+        inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        layer.groups = first // outputs
+        layer.in_channels, layer.out_channels = inputs * layer.groups, first
     elif isinstance(layer, _ConvTransposeNd):
         layer.in_channels, layer.out_channels = first, second * layer.groups
     else:

@@ -1,7 +1,8 @@
 """Which channels stay: by a threshold on the scales, or the best that fit a budget."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +34,19 @@ class WidthRule:
 
     Groups named in `unrounded` are only held to the minimum. Kernels of a CPU work on blocks of channels
     (16 fp32 values fill one AVX-512 register), so that a width in between costs as much as the next multiple.
+    `sizes`: how many channels of a layer one of a group is, where it is not 1; the layer's are what the rule is for.
     """
 
     minimum: int = 1
     round_to: int = 1
     unrounded: frozenset[str] = frozenset()
+    sizes: Widths = field(default_factory=dict)
 
     def apply(self, name: str, wanted: int, width: int) -> int:
         """Return the width that `wanted` channels out of `width` lead to."""
-        multiple = 1 if name in self.unrounded else self.round_to
-        rounded = -(-max(wanted, self.minimum, 1) // multiple) * multiple
+        size = self.sizes.get(name, 1)
+        multiple = 1 if name in self.unrounded else self.round_to // gcd(self.round_to, size)
+        rounded = -(-max(wanted, -(-self.minimum // size), 1) // multiple) * multiple
         return min(rounded, width)
 
 

@@ -23,8 +23,9 @@ def output_width(layer: nn.Module) -> int:
 
 
 def input_width(layer: nn.Module) -> int:
-    """Return the number of positions along the inputs of `layer`."""
-    return _width(layer.linear if isinstance(layer, PooledHead) else layer, INPUT_WIDTHS)
+    """Return the number of positions along the inputs of `layer`; of a grouped convolution, along those of a group."""
+    width = _width(layer.linear if isinstance(layer, PooledHead) else layer, INPUT_WIDTHS)
+    return width // layer.groups if isinstance(layer, _ConvNd) else width
 
 
 def _width(layer: nn.Module, names: tuple[str, ...]) -> int:
@@ -32,6 +33,21 @@ def _width(layer: nn.Module, names: tuple[str, ...]) -> int:
         if hasattr(layer, name):
             return int(getattr(layer, name))
     raise ModelError(f"a {type(layer).__name__} has no channels to count")
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether `layer` is a convolution with one filter for each channel."""
+    return isinstance(layer, _ConvNd) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def leave_as_groups(layer: nn.Module) -> bool:
+    """Whether the groups of a grouped convolution leave as a whole; if not, the same channels of each group leave.
+
+    Whichever leaves more to choose from.
+    """
+    if not isinstance(layer, _ConvNd):
+        return False
+    return layer.groups > min(layer.in_channels, layer.out_channels) // layer.groups
 
 
 @singledispatch
@@ -42,19 +58,30 @@ def keep_outputs(layer: nn.Module, kept: Tensor) -> None:
 
 @singledispatch
 def keep_inputs(layer: nn.Module, kept: Tensor) -> None:
-    """Keep only the inputs `kept` of `layer`: ascending positions, shape (kept,). Raises ModelError."""
+    """Keep only the inputs `kept` of `layer`: ascending positions, shape (kept,). Raises ModelError.
+
+    Those of a grouped convolution count within a group, and are the same in each.
+    """
     raise ModelError(f"cannot remove input channels of a {type(layer).__name__}")
 
 
 @keep_outputs.register
 def _(layer: _ConvNd, kept: Tensor) -> None:
-    depthwise = layer.groups > 1  # then each channel has a filter of its own, which goes with it
-    if depthwise:
-        layer.groups = layer.in_channels = len(kept)
+    transposed = isinstance(layer, _ConvTransposeNd) and layer.groups == 1
+    if layer.groups > 1:
+        _keep_groups(layer, kept)
     layer.out_channels = len(kept)
-    transposed = isinstance(layer, _ConvTransposeNd) and not depthwise
     _slice(layer, "weight", kept, dim=1 if transposed else 0)
     _slice(layer, "bias", kept)
+
+
+def _keep_groups(layer: _ConvNd, kept: Tensor) -> None:
+    """Drop, in place, the groups of a convolution that have none of the outputs `kept`, with their inputs."""
+    groups, sizes = torch.unique(kept // (layer.out_channels // layer.groups), return_counts=True)
+    if len(set(sizes.tolist())) > 1:
+        raise ModelError(f"the groups of a convolution would have different widths: {sizes.tolist()[:8]}")
+    layer.in_channels = layer.in_channels // layer.groups * len(groups)
+    layer.groups = len(groups)
 
 
 @keep_outputs.register(_BatchNorm)
@@ -81,7 +108,7 @@ def _(layer: nn.PReLU, kept: Tensor) -> None:
 
 @keep_inputs.register
 def _(layer: _ConvNd, kept: Tensor) -> None:
-    layer.in_channels = len(kept)
+    layer.in_channels = len(kept) * layer.groups
     _slice(layer, "weight", kept, dim=0 if isinstance(layer, _ConvTransposeNd) else 1)
 
 

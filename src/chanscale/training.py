@@ -87,7 +87,8 @@ def width_rule(model: Classifier, groups: tuple[ChannelGroup, ...], config: FitC
     heads = {name for name, module in model.named_modules() if isinstance(module, PooledHead)}
     last = {group.name for group in groups if heads & {slot.layer for slot in group.inputs}}
     unrounded = frozenset() if config.round_last else frozenset(last)
-    return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded)
+    sizes = {group.name: group.size for group in groups if group.protected is None}
+    return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded, sizes=sizes)
 
 
 def has_norms(groups: tuple[ChannelGroup, ...], model: Classifier) -> bool:
