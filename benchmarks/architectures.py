@@ -323,7 +323,7 @@ INTRODUCTION = """# Architectures
 
 Every group of channels of every network is tried: half of its channels are set to 0 where their scales would sit,
 and removed. A group whose removal changes the output by more than rounding is protected. Random weights, random
-norm statistics. Made by
+norm statistics. Real weights and images: [benchmarks/efficientnet_lite0.md](benchmarks/efficientnet_lite0.md). Made by
 
     python benchmarks/architectures.py --out docs/architectures.md
 
