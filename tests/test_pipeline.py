@@ -1,6 +1,9 @@
 """What `scale_and_select` leaves behind when it cannot go on."""
 
 import copy
+import hashlib
+import io
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +13,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from chanscale.artifact import load_model
+from chanscale.backbones import Preprocessing
 from chanscale.catalogue import build_network
-from chanscale.errors import ArtifactError, BudgetError, ConfigError, DataError, ModelError, SplitError
+from chanscale.errors import (
+    ArtifactError,
+    BudgetError,
+    ChanscaleError,
+    ConfigError,
+    DataError,
+    ModelError,
+    SplitError,
+)
 from chanscale.evaluation import evaluate
 from chanscale.pipeline import scale_and_select
+from chanscale.programs import load_program
 from chanscale.progress import Watcher
 from chanscale.pruning import ROUNDING
 from chanscale.runs import RunFolder
@@ -85,7 +98,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
 
 
 def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path):
-    config = tiny_config()
+    config = tiny_config(backbone="Sequential")
     other = RunFolder(tmp_path / "run", config)
     other.begin(IMAGES.images, SPLITS)
     with pytest.raises(ArtifactError, match="another process works in"):
@@ -142,9 +155,7 @@ def test_a_network_of_the_users_own_comes_back_as_a_program_or_from_the_original
     loaded, _ = load_model(tmp_path / "run", trunk=tiny_classifier().trunk)
     assert same_tensors(loaded, run.model)
     (tmp_path / "run" / "program.pt2").unlink()
-    with pytest.raises(
-        ArtifactError, match=r"there is no program at .*; pass the original network as `trunk`"
-    ):
+    with pytest.raises(ArtifactError, match=r"there is no program at .*; in Python, load_model"):
         load_model(tmp_path / "run")
 
 
@@ -273,3 +284,84 @@ def test_the_gradient_penalty_removes_on_the_way():
     left = [row["parameters"] for row in history]
     assert left[-2] < left[0]
     assert max(row["removal_change"] or 0 for row in history) > 0
+
+
+def test_what_is_no_network_is_an_error_before_any_image_is_read(tmp_path):
+    wrong = [
+        ({"model": Resident}, "must be the name of a network, or an nn.Module"),
+        (
+            {"model": tiny_classifier().trunk, "preprocessing": {"mean": 0}},
+            "must be a chanscale.Preprocessing",
+        ),
+        ({"model": "vgg16", "config": tiny_config(weights="nowhere.h5")}, "there is no file nowhere.h5"),
+        (
+            {"model": tiny_classifier().trunk, "config": tiny_config(weights="a.h5")},
+            "an object brings its own",
+        ),
+    ]
+    for options, words in wrong:
+        with pytest.raises(ChanscaleError, match=words):
+            scale_and_select(data=tmp_path / "nowhere", out=tmp_path / "run", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_resumed_with_another_preprocessing(tmp_path):
+    class StopError(Exception):
+        pass
+
+    class Stopper(Watcher):
+        def on_epoch(self, moment, _row):
+            if moment.epoch == 1:
+                raise StopError
+
+    options = {"config": tiny_config(), "out": tmp_path / "run"}
+    with pytest.raises(StopError):
+        fit_with(Preprocessing(scale=2.0), watcher=Stopper(), **options)
+    with pytest.raises(ConfigError, match="resume it with the same network"):
+        fit_with(Preprocessing(), resume=True, **options)
+    assert fit_with(Preprocessing(scale=2.0), resume=True, **options).info.preprocessing["scale"] == 2
+
+
+def fit_with(preprocessing, **options):
+    return scale_and_select(tiny_classifier().trunk, IMAGES.images, preprocessing=preprocessing, **options)
+
+
+def test_a_program_takes_grey_images_where_it_was_made_for_colour_and_no_others(tmp_path):
+    images = tiny_images(channels=3).images
+    run = scale_and_select(tiny_classifier().trunk, images, config=tiny_config(), out=tmp_path / "run")
+    program, _ = load_model(tmp_path / "run")
+    grey = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(program(grey), run.model(grey))
+    for shape in ((2, 2, 32, 32), (2, 3, 48, 48), (0, 3, 32, 32), (3, 32, 32)):
+        with pytest.raises(ModelError, match=r"takes images \(N, 3, 32, 32\)"):
+            program(torch.rand(shape))
+
+
+def test_a_program_holds_no_image_and_only_its_own_model_takes_it(tmp_path):
+    fit_tiny(tmp_path / "run")
+    path = tmp_path / "run" / "program.pt2"
+    with zipfile.ZipFile(path) as archive:
+        [name] = [name for name in archive.namelist() if "sample_inputs" in name]
+        args, _ = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+    assert not any(tensor.any() for tensor in args)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="is not the program that was saved with this model"):
+        load_model(tmp_path / "run")
+
+
+def test_a_program_that_would_be_unpickled_is_refused(tmp_path):
+    fit_tiny(tmp_path / "run")
+    path = tmp_path / "run" / "program.pt2"
+    forged = tmp_path / "forged.pt2"
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(forged, "w") as copy_of_it:
+        for item in whole.namelist():
+            content = whole.read(item)
+            if item.endswith("model_weights_config.json"):
+                content = content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
+            copy_of_it.writestr(item, content)
+    digest = hashlib.sha256(forged.read_bytes()).hexdigest()
+    with pytest.raises(ArtifactError, match="is a pickled object"):
+        load_program(forged, ("no", "yes"), digest=digest, channels=1, image_size=32)

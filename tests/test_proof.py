@@ -6,7 +6,9 @@ import pytest
 import torch
 from architectures import monai_networks, own_networks, randomise
 from torch import nn
+from torch.nn.utils import parametrizations
 
+from chanscale.attaching import attach_scales
 from chanscale.coupling import couple_channels
 from chanscale.errors import UnsupportedTopologyError
 from chanscale.inspection import inspect_network
@@ -168,3 +170,75 @@ def test_a_report_counts_what_can_go():
     assert first.macs == 16 * 27 * 62 * 62 + 16 * 12 * 9 * 29 * 29
     assert report.prunable == 1
     assert copy.deepcopy(second) == second
+
+
+class Chunked(nn.Module):
+    """Half of the channels at random can be as many on both sides of a split; the first ones are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 5, 3), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x):
+        left, right = self.stem(x).chunk(2, dim=1)
+        return (self.left(left) + self.right(right)).mean((2, 3))
+
+
+def test_a_removal_that_is_even_by_chance_proves_nothing():
+    [stem] = [
+        group for group in channel_groups(Chunked().eval(), torch.rand(2, 3, 9, 9)) if group.name == "stem"
+    ]
+    assert stem.protected
+
+
+class Peeking(nn.Module):
+    """What goes into the ReLU is used where autograd does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.second = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(self.relu(x) - 0.1 * x.detach())
+
+
+def test_a_relu_is_not_taken_over_where_that_would_be_seen():
+    model, x = Peeking().eval(), torch.rand(2, 3, 9, 9)
+    groups = channel_groups(model, x)
+    assert not any(site.relu for group in groups for site in group.sites)
+    with torch.no_grad():
+        assert torch.equal(attach_scales(model, groups)(x), model(x))
+
+
+class Says(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.rule = nn.Conv2d(3, 4, 3), forward
+
+    def forward(self, x):
+        return self.rule(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (lambda x: (x, x), "returns a tuple; wrap it"),
+        (lambda x: nn.functional.dropout(x, 0.5, training=True), "something else each time"),
+        (lambda x: nn.functional.conv2d(x, torch.ones(2, 4, 1, 1)), "does not run in fp64"),
+        (lambda x: x.view(-1, 7, 1234), "cannot be traced: shape"),
+    ],
+)
+def test_what_cannot_be_proven_says_why(rule, words):
+    with pytest.raises(UnsupportedTopologyError, match=words):
+        channel_groups(Says(rule), torch.rand(2, 3, 9, 9))
+
+
+def test_a_linear_layer_of_computed_weights_does_not_spoil_the_others():
+    head = parametrizations.weight_norm(nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
+    )
+    first, second = channel_groups(model.eval(), torch.rand(2, 3, 9, 9))
+    assert first.protected is None
+    assert "computed from other tensors" in second.protected

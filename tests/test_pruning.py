@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from chanscale.config import FitConfig
 from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
-from chanscale.pruning import check_removal, mask_channels, prune_channels
+from chanscale.pruning import check_removal, mask_channels, output_change, prune_channels
+from chanscale.removal import remove_channels
 from chanscale.selection import ChannelSelection
 from chanscale.slicing import keep_inputs, keep_outputs
+from chanscale.state import make_optimizer
 from networks import (
     NETWORKS,
     attach,
@@ -104,3 +107,38 @@ def test_layers_of_unknown_kind_are_refused_by_name():
         keep_outputs(nn.GELU(), torch.arange(2))
     with pytest.raises(ModelError, match="cannot remove input channels of a GELU"):
         keep_inputs(nn.GELU(), torch.arange(2))
+
+
+class Borrowing(nn.Module):
+    """A weight that is used by another module than its own, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x):
+        return nn.functional.conv2d(self.first(x), self.second.weight, self.second.bias)
+
+
+def test_a_change_is_measured_where_a_module_borrows_a_weight():
+    model, x = Borrowing().eval(), images()
+    assert output_change(model, copy.deepcopy(model), x) == 0
+
+
+def test_a_network_that_no_longer_runs_is_an_inexact_removal():
+    model = plain_trunk()
+    broken = copy.deepcopy(model)
+    broken[3] = nn.Conv2d(5, 16, 3)
+    with pytest.raises(InexactRemovalError, match="does not run any more"):
+        output_change(model, broken, images())
+
+
+def test_scales_without_a_gradient_have_no_moments_and_that_is_no_error():
+    model = attach(build_classifier())
+    optimizer = make_optimizer(model, FitConfig())
+    kept = {name: torch.arange(width) for name, width in widths_of(model).items()}
+    selection = set_scales(model)
+    removal = remove_channels(model, optimizer, kept, selection, example=images(2, side=32))
+    renewed = make_optimizer(removal.model, FitConfig())
+    removal.restore(renewed)
+    assert not renewed.state

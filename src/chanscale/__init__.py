@@ -17,6 +17,7 @@ _HOMES = {
     "ChanscaleError": "errors",
     "Classifier": "classifier",
     "FitConfig": "config",
+    "Preprocessing": "backbones",
     "attach_scales": "attaching",
     "channel_groups": "proof",
     "evaluate": "evaluation",
@@ -41,6 +42,7 @@ __all__ = [
     "ChanscaleError",
     "Classifier",
     "FitConfig",
+    "Preprocessing",
     "attach_scales",
     "channel_groups",
     "evaluate",
@@ -60,7 +62,7 @@ __all__ = [
 if TYPE_CHECKING:
     from chanscale.artifact import load_model, save_model
     from chanscale.attaching import attach_scales, merge_scales
-    from chanscale.backbones import BACKBONES, load_backbone
+    from chanscale.backbones import BACKBONES, Preprocessing, load_backbone
     from chanscale.channels import ChannelGroup
     from chanscale.classifier import Classifier
     from chanscale.config import FitConfig

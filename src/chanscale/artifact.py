@@ -52,6 +52,7 @@ class ModelInfo:
     channels: Annotated[int, Field(gt=0)]
     head: str | None = None
     rebuilt_by: Literal["name", "program", "network"] = "name"
+    program: str | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -79,10 +80,16 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     path = path / "model.safetensors" if path.is_dir() else path
     tensors, info = _read(path)
     if trunk is None and info.rebuilt_by == "program":
-        return load_program(path.with_name(PROGRAM), info.classes), info
+        program = load_program(
+            path.with_name(PROGRAM), info.classes,
+            digest=info.program, channels=info.channels, image_size=info.image_size,
+        )  # fmt: skip
+        return program, info
+    if not isinstance(trunk, nn.Module | None):
+        raise ArtifactError(f"`trunk` must be the original network. Got {trunk!r:.60} instead.")
     if trunk is None and info.rebuilt_by == "network":
         raise ArtifactError(
-            f"{path} was made from a network of your own, {info.backbone}; pass that network as `trunk`"
+            f"{path} was made from a network of your own, {info.backbone}: in Python, pass that network as `trunk`"
         )
     try:
         model = rebuild(info, tensors, trunk=trunk)

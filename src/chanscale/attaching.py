@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.channels import ChannelGroup, Model, carry_groups
 from chanscale.errors import ModelError
+from chanscale.modes import device_of
 from chanscale.scaling import (
     AbsorbedReLU,
     ChannelScale,
@@ -86,7 +87,7 @@ def _share_frozen(model: nn.Module) -> dict[int, Tensor]:
 def _insert_scales(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
     relus = {site.layer: site.relu for group in groups for site in group.sites}
     for layer, relu in relus.items():
-        add_scale(model.get_submodule(layer), relu=relu is not None)
+        add_scale(model.get_submodule(layer), relu=relu is not None, device=device_of(model))
         if relu is not None:
             model.get_submodule(relu).__class__ = AbsorbedReLU
 
@@ -95,7 +96,7 @@ def _insert_scales(model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
 def _fold(layer: nn.Module) -> None:
     scale = scale_of(layer)
     assert scale is not None
-    ensure_affine(layer)
+    ensure_affine(layer, scale.weight)
     for name, parameter in list(layer.named_parameters(recurse=False)):
         dim = int(isinstance(layer, _ConvTransposeNd) and layer.groups == 1 and parameter.dim() > 1)
         folded = scale_weight(parameter, scale.weight, dim=dim)

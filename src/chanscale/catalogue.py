@@ -111,7 +111,7 @@ def load_weights(model: nn.Module, path: Path) -> set[str]:
     ]
     if problems:
         raise WeightsError(
-            f"{path} does not fit {type(_bare(model)).__name__}: it {' and '.join(problems)}. "
+            f"{path} does not fit {type(_bare(model)).__name__}: it {' and '.join(problems).rstrip(',')}. "
             "It must hold the state dict of this network, under the network's own names"
         )
     _bare(model).load_state_dict({k: v for k, v in tensors.items() if k not in excused}, strict=False)

@@ -24,8 +24,10 @@ def save_checkpoint(state: TrainingState, notes: Mapping[str, Any], path: Path) 
     """Write all of `state` to one safetensors file; `notes` is what else the caller wants back, as plain values."""
     tensors = _prefixed("model", state.model.state_dict())
     for index, parameter in enumerate(_parameters(state.optimizer)):
-        for key in MOMENTS:
-            tensors[f"moments.{index}.{key}"] = state.optimizer.state[parameter][key].detach()
+        for key, value in state.optimizer.state.get(
+            parameter, {}
+        ).items():  # none where there was no gradient
+            tensors[f"moments.{index}.{key}"] = value.detach()
     story: dict[str, Any] = {
         "epoch": state.epoch, "scale_lr": state.scale_lr, "history": state.history, "kept": _lists(state.kept),
     }  # fmt: skip
@@ -60,7 +62,8 @@ def _restore_state(
     model = _restore("model", story["kept"], tensors, whole)
     optimizer = make_optimizer(model, config)
     for index, parameter in enumerate(_parameters(optimizer)):
-        optimizer.state[parameter] = {key: tensors[f"moments.{index}.{key}"] for key in MOMENTS}
+        if f"moments.{index}.step" in tensors:
+            optimizer.state[parameter] = {key: tensors[f"moments.{index}.{key}"] for key in MOMENTS}
     found = {
         name: Best(
             _restore(name, story[name]["kept"], tensors, whole),

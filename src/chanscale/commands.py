@@ -165,7 +165,8 @@ def inspect(
     network: Annotated[
         str,
         typer.Argument(
-            metavar="NETWORK", help="vgg16, or LIBRARY:NETWORK of one installed, e.g. monai:DenseNet121."
+            metavar="NETWORK",
+            help="vgg16, efficientnet_lite0, or LIBRARY:NETWORK of one installed, e.g. monai:DenseNet121.",
         ),
     ],
     size: Annotated[int, typer.Option(min=8, help="Side of the example, in pixels or voxels.")] = 64,

@@ -23,6 +23,7 @@ from chanscale.channels import Axis, ChannelGroup, ScaleSite, Slot
 from chanscale.coarsening import coarsen
 from chanscale.errors import UnsupportedTopologyError, one_line
 from chanscale.heads import PooledHead
+from chanscale.modes import device_of
 from chanscale.slicing import is_depthwise, leave_as_groups
 
 NORMS = (_BatchNorm, _InstanceNorm)
@@ -80,13 +81,15 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
     # Autograd records what requires a gradient: the twin's parameters do, on the memory of the model's.
     memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters()}
     memory |= {id(buffer): buffer for buffer in model.buffers()}
-    twin = _ease_tracing(copy.deepcopy(model, memory).eval())
-    calls = _watch_relus(twin)
     try:
+        twin = _ease_tracing(copy.deepcopy(model, memory).eval())
+        calls = _watch_relus(twin)
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            # In a tuple: a bare tensor would first be tried as a list of arguments.
-            graph = tp.DependencyGraph().build_dependency(twin, (example,), verbose=False)
+            graph = tp.DependencyGraph().build_dependency(
+                # Called by us: Torch-Pruning would try a bare tensor as a list of arguments first.
+                twin, example.to(device_of(model)), forward_fn=lambda net, x: net(x), verbose=False,
+            )  # fmt: skip
     except Exception as error:  # whatever the model's forward raises, or what Torch-Pruning makes of it
         reason = one_line(error)[:200]
         raise UnsupportedTopologyError(f"{type(model).__name__} cannot be traced: {reason}") from error
@@ -188,7 +191,7 @@ def _obstacle(node: Any, names: Mapping[nn.Module, str]) -> str | None:
         return "they meet a parameter that belongs to no layer"
     if module not in names:
         return None
-    if isinstance(module, (_ConvNd, *NORMS)) and "weight" not in module._parameters:
+    if isinstance(module, (_ConvNd, nn.Linear, nn.PReLU, *NORMS)) and "weight" not in module._parameters:
         return f"the weight of {names[module]} is computed from other tensors"
     if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
         if isinstance(module, _ConvTransposeNd):

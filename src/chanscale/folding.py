@@ -1,6 +1,7 @@
 """Fold the first convolution for grey images: three equal inputs become one, and a constant."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier
-from chanscale.errors import ModelError
+from chanscale.errors import InexactRemovalError, ModelError
+from chanscale.modes import device_of
 from chanscale.pruning import output_change
 
 FOLDED = 1e-5
@@ -27,24 +29,34 @@ def fold_grey(model: Classifier, images: Tensor) -> Classifier:
     old = model.preprocessing
     if not isinstance(old, Preprocessing) or old.folded:
         raise ModelError("the network does not take grey images three times: there is nothing to fold")
-    folded = copy.deepcopy(model)
-    first = folded.get_submodule(_find_first(folded, images))
+    device, folded = device_of(model), copy.deepcopy(model).cpu()
+    first = folded.get_submodule(_find_first(folded, images.cpu()))
     assert isinstance(first, _ConvNd)
-    if first.in_channels != 3 or first.weight.dim() != 4 or isinstance(first, _ConvTransposeNd):
+    if (
+        first.in_channels != 3
+        or first.groups != 1
+        or first.weight.dim() != 4
+        or isinstance(first, _ConvTransposeNd)
+    ):
         raise ModelError("the first convolution does not take three channels: nothing can be folded")
-    scale, shift = 1 / old.std.double(), -old.mean.double() / old.std.double()  # (1, 3, 1, 1)
+    mean, std = old.mean.cpu().double(), old.std.cpu().double()
+    scale, shift = 1 / std, -mean / std  # (1, 3, 1, 1)
     # `mean` and `std` follow the order of the weights, and a grey image is the same in any order.
     weight = first.weight.double()
     parts = [(weight * part).sum(1, keepdim=True) for part in (scale, shift)]
     first.weight = nn.Parameter(torch.cat(parts, 1).to(first.weight.dtype), requires_grad=False)
     first.in_channels = 2
-    folded.preprocessing = Preprocessing.from_dict({**old.to_dict(), "folded": True}).to(first.weight.device)
-    change = output_change(model, folded, images)
+    folded.preprocessing = Preprocessing.from_dict({**old.to_dict(), "folded": True})
+    try:
+        change = output_change(model, folded, images)
+    except InexactRemovalError:
+        change = math.inf
     if not change <= FOLDED:
         raise ModelError(
-            f"folding changes the output by {change:.1e} of its size: the image is used beside the first convolution"
+            f"folding changes the output by {change:.1e} of its size: the image is used beside the first convolution; "
+            "leave fold_grey out"
         )
-    return folded
+    return folded.to(device)
 
 
 def _find_first(model: Classifier, images: Tensor) -> str:

@@ -77,25 +77,29 @@ class GroupScales:
     @torch.no_grad()
     def add_to_gradients(self, slopes: Mapping[str, Tensor]) -> None:
         """Add to the gradients that of a penalty whose slope along each norm is `slopes`, shape (width,)."""
-        gradients = {layer: scale.grad for layer, scale in self.parameters.items() if scale.grad is not None}
+        gradients = self._gradients()
         row = self._row(gradients)
         row[self._places] += self._directions() * torch.cat([slopes[n] for n in self.widths])[self._channels]
         self._write(row, gradients)
 
     def gradient_rms(self) -> Tensor:
         """Return the root mean square of all gradients of the scales."""
-        return (
-            self._row({layer: s.grad for layer, s in self.parameters.items()})[self._places]
-            .square()
-            .mean()
-            .sqrt()
-        )
+        return self._row(self._gradients())[self._places].square().mean().sqrt()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return the gradient of each scale; one that has none gets zeros."""
+        for scale in self.parameters.values():
+            if scale.grad is None:
+                scale.grad = torch.zeros_like(scale)
+        return {layer: scale.grad for layer, scale in self.parameters.items() if scale.grad is not None}
 
     def _norms(self) -> Tensor:
         # In fp64, where the root of a square is the number it was: one scale alone has its |s|, to the last bit.
-        squares = self._row(self.parameters)[self._places].double().square()
-        sums = torch.zeros(len(self._counts), dtype=torch.float64, device=squares.device)
-        return (sums.index_add(0, self._channels, squares) / self._counts).sqrt().float()
+        scales = self._row(self.parameters)[self._places]
+        there = torch.device("cpu") if scales.device.type == "mps" else scales.device  # which has no fp64
+        sums = torch.zeros(len(self._counts), dtype=torch.float64, device=there)
+        sums.index_add_(0, self._channels.to(there), scales.to(there).double().square())
+        return (sums / self._counts.to(there)).sqrt().float().to(scales.device)
 
     def _directions(self) -> Tensor:
         """Return each scale divided by the norm of its channel; 0 where that is 0."""
@@ -106,8 +110,8 @@ class GroupScales:
         return dict(zip(self.widths, torch.split(values, list(self.widths.values())), strict=True))
 
     @staticmethod
-    def _row(tensors: Mapping[str, Tensor | None]) -> Tensor:
-        return torch.cat([tensor.detach() for tensor in tensors.values() if tensor is not None])
+    def _row(tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([tensor.detach() for tensor in tensors.values()])
 
     @staticmethod
     def _write(row: Tensor, tensors: Mapping[str, Tensor]) -> None:

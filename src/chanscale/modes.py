@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the first tensor of `model` is; the CPU if it has none."""
+    tensor = next(iter((*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager

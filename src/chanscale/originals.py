@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from chanscale.backbones import BACKBONES, Preprocessing
 from chanscale.catalogue import build_network, load_network
 from chanscale.headless import Logits, remove_head, without_layer
+from chanscale.modes import device_of
 from chanscale.weight_sources import Progress
 
 
@@ -59,7 +60,8 @@ def open_original(
         name, whole, can_be_rebuilt = network.name, network.model, network.can_be_rebuilt
     else:
         preprocessing = preprocessing or Preprocessing()
-        headless = remove_head(model, preprocessing(images))
+        headless = remove_head(model, preprocessing(images).to(device_of(model)))
+        headless.trunk.cpu()
         name, whole, can_be_rebuilt = type(model).__name__, model, False
     full = sum(parameter.numel() for parameter in whole.parameters())
     return Original(name, headless.trunk, preprocessing, headless.head, full, can_be_rebuilt)

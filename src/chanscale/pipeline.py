@@ -24,8 +24,9 @@ from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
 from chanscale.devices import find_precision
-from chanscale.errors import ChanscaleError, ConfigError
+from chanscale.errors import ChanscaleError, ConfigError, WeightsError
 from chanscale.evaluation import evaluate
+from chanscale.files import is_file
 from chanscale.folding import fold_grey
 from chanscale.originals import Original, open_original
 from chanscale.progress import Watcher
@@ -63,7 +64,7 @@ def scale_and_select(
     [0, 1]; default: what its source says, nothing for an object. `data`: a folder, CSV or npz file, or an `ImageSet`.
     The run lies beside `out` until it is whole; with `resume`, an interrupted one goes on. Raises ChanscaleError.
     """
-    config, watcher = config or FitConfig(), watcher or Watcher()
+    config, watcher = _name_network(model, preprocessing, config or FitConfig()), watcher or Watcher()
     folder = RunFolder.open(Path(out), config, resume=resume) if out is not None else None
     try:
         return _run(model, preprocessing, data, config, folder, watcher)
@@ -86,8 +87,6 @@ def _run(
     watcher: Watcher,
 ) -> Run:
     began = perf_counter()
-    if isinstance(model, str):
-        require_network(model)  # before the images are read, which may take long
     images = load_images(data, config, watcher)
     splits = (folder.read_splits(images.images) if folder else None) or split_images(
         images.images, validation=config.validation, test=config.test, seed=config.seed
@@ -98,9 +97,12 @@ def _run(
     info = describe_model(original, classifier, images)
     if config.fold_grey and images.channels != 1:
         raise ConfigError("fold_grey is for grey images, and these have colour; leave it out")
+    if config.fold_grey:
+        fold_grey(classifier, images.batch(splits.train[:2])[0])  # fails now, rather than when all is trained
     if folder:
         folder.begin(images.images, splits)
     state, notes = (folder.load(classifier) if folder else None) or (None, {})
+    _require_same_original(original, notes)
     # Measured once, so that both halves of an interrupted run compute alike.
     precision = notes.get("precision") or find_precision(config)
     config = config.model_copy(update={"precision": precision})
@@ -110,6 +112,7 @@ def _run(
             "before": judge(state.model, images, splits, watcher),
             "seconds": 0.0,
             "precision": precision,
+            "original": _identify(original),
         }
     earlier = notes["seconds"]
 
@@ -131,10 +134,45 @@ def _run(
         **describe_machine(),
     }
     if folder:
-        info = folder.finish(
-            best.model, info, metrics, state.history, widths(classifier), images.batch(splits.train[:2])[0]
-        )
+        info = folder.finish(best.model, info, metrics, state.history, widths(classifier))
+    elif info.rebuilt_by == "program":
+        info = replace(info, rebuilt_by="network")  # no program was written
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
+
+
+def _name_network(model: object, preprocessing: object, config: FitConfig) -> FitConfig:
+    """Return `config` with the name of the network; raise ConfigError, WeightsError before images are read."""
+    if not isinstance(model, str | nn.Module):
+        raise ConfigError(
+            f"`model` must be the name of a network, or an nn.Module. Got {model!r:.80} instead."
+        )
+    if not isinstance(preprocessing, Preprocessing | None):
+        raise ConfigError(
+            f"`preprocessing` must be a chanscale.Preprocessing. Got {preprocessing!r:.80} instead."
+        )
+    if isinstance(model, str):
+        require_network(model)
+        if config.weights is not None and not is_file(config.weights):
+            raise WeightsError(
+                f"there is no file {config.weights}; name one with the weights of {model}, or none"
+            )
+        return config.model_copy(update={"backbone": model})
+    if config.weights is not None:
+        raise ConfigError("`weights` is for a network that is named; an object brings its own")
+    return config.model_copy(update={"backbone": type(model).__name__})
+
+
+def _require_same_original(original: Original, notes: dict[str, Any]) -> None:
+    """Raise ConfigError when a run is resumed with another network, or another preprocessing."""
+    begun, now = notes.get("original"), _identify(original)
+    if begun is not None and begun != now:
+        raise ConfigError(f"the run was begun with {begun}, not {now}; resume it with the same network")
+
+
+def _identify(original: Original) -> dict[str, Any]:
+    return {
+        "name": original.name, "head": original.head, "preprocessing": original.preprocessing.to_dict(),
+    }  # fmt: skip
 
 
 def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher) -> DecodedImages:

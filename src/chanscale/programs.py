@@ -1,7 +1,14 @@
 """A model as a program of its own (torch.export), for networks that cannot be built again by name."""
 
 import copy
+import hashlib
 import io
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,16 +22,30 @@ from chanscale.safe_loading import bare_tensors
 PROGRAM = "program.pt2"
 """The name of the file in a run folder."""
 
+PLAIN = re.compile(r"(weight|tensor)_\d+")
+"""What an archive calls tensors that are stored as they are; all else would be unpickled."""
+
 
 class Program(nn.Module):
-    """An exported classifier: (N, C, H, W) pixels in [0, 1], of the size that it was exported for, to logits."""
+    """An exported classifier: (N, C, H, W) pixels in [0, 1], of the size that it was exported for, to logits.
 
-    def __init__(self, graph: nn.Module, classes: tuple[str, ...]) -> None:
+    Made for colour, it takes grey images too, and replicates them.
+    """
+
+    def __init__(self, graph: nn.Module, classes: tuple[str, ...], *, channels: int, image_size: int) -> None:
         super().__init__()
         self.graph, self.classes = graph, classes
+        self.channels, self.image_size = channels, image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits in fp32."""
+        """Return logits in fp32. Raises ModelError for images of another shape."""
+        if images.dim() == 4 and images.shape[1] == 1 < self.channels:
+            images = images.expand(-1, self.channels, -1, -1).contiguous()
+        wanted = (self.channels, self.image_size, self.image_size)
+        if images.dim() != 4 or len(images) == 0 or tuple(images.shape[1:]) != wanted:
+            raise ModelError(
+                f"this program takes images (N, {', '.join(map(str, wanted))}). Got {tuple(images.shape)}"
+            )
         return cast(Tensor, self.graph(images))
 
     def train(self, mode: bool = True) -> "Program":
@@ -35,8 +56,8 @@ class Program(nn.Module):
 
 
 @torch.no_grad()
-def save_program(model: nn.Module, images: Tensor, path: Path) -> Path:
-    """Export `model` for any number of images like `images` (N, C, H, W), and write it whole or not at all.
+def save_program(model: nn.Module, shape: tuple[int, ...], path: Path) -> str:
+    """Export `model` for any number of images of `shape` (C, H, W), write it whole or not at all; return its SHA-256.
 
     Raises ModelError when the network cannot be exported.
     """
@@ -45,29 +66,60 @@ def save_program(model: nn.Module, images: Tensor, path: Path) -> Path:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach().contiguous(), requires_grad=False)
+    # An archive keeps the example that it was exported with: no image of a patient.
+    example = torch.zeros(2, *shape)
+    content = io.BytesIO()
     try:
-        exported = torch.export.export(
-            plain,
-            (images.cpu(),),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        )
-        content = io.BytesIO()
-        torch.export.save(exported, content)
+        with _quiet():
+            batch = {0: torch.export.Dim("batch", min=1)}
+            torch.export.save(torch.export.export(plain, (example,), dynamic_shapes=(batch,)), content)
     except Exception as error:  # whatever torch.export finds in the user's forward
         raise ModelError(f"the network cannot be exported: {one_line(error)[:200]}") from error
     write_atomically(path, content.getvalue())
-    return path
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
-def load_program(path: Path, classes: tuple[str, ...]) -> Program:
-    """Return the program in a file, in eval. Reads tensors, and no pickled object. Raises ArtifactError."""
+def load_program(
+    path: Path, classes: tuple[str, ...], *, digest: str | None, channels: int, image_size: int
+) -> Program:
+    """Return the program in a file, in eval, if its SHA-256 is `digest`. Nothing of it is unpickled but tensors.
+
+    torch evaluates the shapes that its graph tells: like any program, run one only if you trust where it came from.
+    Raises ArtifactError.
+    """
+    advice = "in Python, load_model(run, trunk=network) does with the original network"
     if not path.is_file():
-        raise ArtifactError(f"there is no program at {path}; pass the original network as `trunk`")
+        raise ArtifactError(f"there is no program at {path}; {advice}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ArtifactError(f"{path} is not the program that was saved with this model; {advice}")
     try:
-        with bare_tensors():
-            graph = torch.export.load(path).module()
+        _require_plain(content)
+        with bare_tensors(), _quiet():
+            graph = torch.export.load(io.BytesIO(content)).module()
     except Exception as error:  # a damaged archive makes torch raise whatever it comes to first
-        raise ArtifactError(
-            f"{path} is no whole program ({one_line(error)[:150]}); fit the model again"
-        ) from error
-    return Program(graph, classes).train(False)
+        raise ArtifactError(f"{path} is no program ({one_line(error)[:150]}); {advice}") from error
+    return Program(graph, classes, channels=channels, image_size=image_size).train(False)
+
+
+def _require_plain(content: bytes) -> None:
+    """Raise ArtifactError if anything in the archive would be unpickled."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        configs = [name for name in archive.namelist() if name.endswith("_config.json")]
+        if not configs:
+            raise ArtifactError("it is of another format")
+        for name in configs:
+            for payload in json.loads(archive.read(name))["config"].values():
+                if payload["use_pickle"] or not PLAIN.fullmatch(payload["path_name"]):
+                    raise ArtifactError(f"{payload['path_name']!r} is a pickled object")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from writing graphs and tracebacks beside our one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -7,14 +7,16 @@ removed; a group whose pruned network does not say what the masked one says is p
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from chanscale.attaching import attach_scales
 from chanscale.channels import ChannelGroup, Kept, carried_groups
 from chanscale.coupling import couple_channels
-from chanscale.errors import ModelError, one_line
+from chanscale.errors import ModelError, UnsupportedTopologyError, one_line
 from chanscale.heads import PooledHead
 from chanscale.pruning import ROUNDING, remove_positions, share, silence_positions
 from chanscale.scaling import ChannelScale
@@ -34,12 +36,54 @@ def channel_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...
             "the network has scales, which hide its channels; pass it through merge_scales first"
         )
     groups = couple_channels(model, example)
+    reference, inputs = _make_reference(model, example)
+    open_groups = [group for group in groups if group.protected is None and group.width > 1]
+    reasons = _find_inexact(reference, open_groups, inputs)
+    reasons |= {group.name: "it has one channel" for group in groups if group.width == 1}
+    proven = tuple(group.protect(reasons[group.name]) if group.name in reasons else group for group in groups)
+    return proven if _takes_over_rightly(reference, proven, inputs) else _without_relus(proven)
+
+
+def _make_reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return a copy of `model` that hides nothing, and the example for it.
+
+    Raises UnsupportedTopologyError when nothing can be proven on it.
+    """
     # In fp64, so that rounding cannot be taken for a difference, nor a small one for rounding.
     reference = stir(copy.deepcopy(model).cpu().double().eval())
-    open_groups = [group for group in groups if group.protected is None and group.width > 1]
-    reasons = _find_inexact(reference, open_groups, example.detach().cpu().double())
-    reasons |= {group.name: "it has one channel" for group in groups if group.width == 1}
-    return tuple(group.protect(reasons[group.name]) if group.name in reasons else group for group in groups)
+    inputs, name = example.detach().cpu().double(), type(model).__name__
+    try:
+        with torch.no_grad():
+            first, second = reference(inputs), reference(inputs)
+    except Exception as error:  # whatever the user's forward raises
+        reason = one_line(error)[:150]
+        raise UnsupportedTopologyError(
+            f"{name} does not run in fp64, where it is to be tried: {reason}"
+        ) from error
+    if not isinstance(first, Tensor):
+        kind = type(first).__name__
+        raise UnsupportedTopologyError(
+            f"{name} returns a {kind}; wrap it in a module that returns one tensor"
+        )
+    if not torch.equal(first, second):
+        raise UnsupportedTopologyError(
+            f"{name} says something else each time, in eval too: nothing can be proven"
+        )
+    return reference, inputs
+
+
+@torch.no_grad()
+def _takes_over_rightly(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
+    """Whether scales that apply the ReLU behind them leave the output as it is: its input may be used elsewhere."""
+    if not any(site.relu for group in groups if group.protected is None for site in group.sites):
+        return True
+    return torch.equal(attach_scales(model, groups)(example), model(example))
+
+
+def _without_relus(groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    return tuple(
+        replace(group, sites=tuple(replace(site, relu=None) for site in group.sites)) for group in groups
+    )
 
 
 @torch.no_grad()
@@ -62,7 +106,7 @@ def stir(model: nn.Module, *, seed: int = 0) -> nn.Module:
 
 def _find_inexact(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> dict[str, str]:
     """Return the reason for each group that is not exact; by halves, since most networks have none or few."""
-    reason = compare(model, groups, halve(groups), example) if groups else None
+    reason = _try(model, groups, example)
     if reason is None:
         return {}
     if len(groups) == 1:
@@ -71,9 +115,23 @@ def _find_inexact(model: nn.Module, groups: Sequence[ChannelGroup], example: Ten
     found = _find_inexact(model, groups[:middle], example) | _find_inexact(model, groups[middle:], example)
     # Two groups may each be exact alone and not together.
     left = [group for group in groups if group.name not in found]
-    if len(left) == len(groups) or (found and compare(model, left, halve(left), example) is not None):
+    if len(left) == len(groups) or (found and _try(model, left, example) is not None):
         return found | {group.name: f"not exact together with others: {reason}" for group in left}
     return found
+
+
+def _try(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> str | None:
+    """Return what goes wrong when some channels of all `groups` are removed, if something does."""
+    removals = (halve(groups), behead(groups)) if groups else ()
+    return next((why for kept in removals if (why := compare(model, groups, kept, example))), None)
+
+
+def behead(groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """Return the channels of each group but the first ones, a third: a lopsided removal.
+
+    Half of them at random can be as many on both sides of a split.
+    """
+    return {group.name: torch.arange(-(-group.width // 3), group.width) for group in groups}
 
 
 def halve(groups: Iterable[ChannelGroup], *, seed: int = 0) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from chanscale.channels import (
     require_fit,
     shrink_groups,
 )
-from chanscale.errors import InexactRemovalError
+from chanscale.errors import InexactRemovalError, one_line
 from chanscale.heads import PooledHead
+from chanscale.modes import device_of
 from chanscale.scaling import add_scale, scale_of
 from chanscale.selection import ChannelSelection
 from chanscale.slicing import input_width, keep_inputs, keep_outputs, output_width
@@ -62,7 +63,7 @@ def remove_positions(model: nn.Module, groups: Iterable[ChannelGroup], kept: Kep
 
 def mask_channels(model: Model, selection: ChannelSelection) -> Model:
     """Return a copy of `model` in which the channels not selected are exactly 0, and still there."""
-    masked = copy.deepcopy(model)
+    masked = _copy(model, {})
     silence_channels(masked, selection)
     return masked
 
@@ -80,7 +81,7 @@ def silence_positions(model: nn.Module, groups: Iterable[ChannelGroup], kept: Ke
     gone = removed_positions(groups, kept)
     for name in dict.fromkeys(site.layer for group in groups for site in group.sites):
         layer = model.get_submodule(name)
-        scale = scale_of(layer) or add_scale(layer)
+        scale = scale_of(layer) or add_scale(layer, device=device_of(model))
         silent = _silence(scale.weight.detach(), gone.get(("outputs", name), []))
         scale.weight = nn.Parameter(silent, requires_grad=scale.weight.requires_grad)
     for head, positions in (
@@ -105,7 +106,13 @@ def _others(gone: Iterable[int], width: int) -> Tensor:
 
 def share(model: Model) -> Model:
     """Return a copy of `model` that uses the same tensors."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return _copy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _copy(model: Model, memo: dict[int, Any]) -> Model:
+    twin, groups = copy.deepcopy(model, memo), carried_groups(model)
+    # A torch.fx.GraphModule leaves behind what it does not know.
+    return twin if groups is None else carry_groups(twin, groups)
 
 
 def check_removal(pruned: nn.Module, masked: nn.Module, example: Tensor) -> float:
@@ -127,8 +134,21 @@ def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float
     """Return the largest change of an output on `example`, relative to the largest output before; in fp64."""
     # In fp32, the head's division by small deviations would make rounding look like a change. On the CPU,
     # since not every device has fp64.
-    old, new = (_in_double(net).eval()(example.cpu().double()) for net in (before, after))
+    old, new = (_run_in_double(net, example.cpu().double()) for net in (before, after))
     return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
+
+
+def _run_in_double(net: nn.Module, example: Tensor) -> Tensor:
+    try:
+        output: Tensor = _in_double(net).eval()(example)
+    except Exception:  # a tensor is used by another module than its own, or the network does not run at all
+        try:
+            output = copy.deepcopy(net).cpu().double().eval()(example)
+        except Exception as error:
+            raise InexactRemovalError(
+                f"the network does not run any more: {one_line(error)[:200]}"
+            ) from error
+    return output
 
 
 def _in_double(net: Model) -> Model:

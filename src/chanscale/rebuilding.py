@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.errors import ModelError
 from chanscale.scaling import SCALE, add_scale, ensure_affine, freeze, scale_of
-from chanscale.slicing import leave_as_groups
+from chanscale.slicing import is_depthwise, leave_as_groups
 
 
 def install_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -43,7 +43,7 @@ def _widen_norms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a norm without weights those that a removal or a merge gave it."""
     for name, module in model.named_modules():
         if isinstance(module, _NormBase) and f"{name}.weight" in tensors:
-            ensure_affine(module)
+            ensure_affine(module, tensors[f"{name}.weight"])
 
 
 def _require_part(name: str, got: Tensor, whole: Tensor) -> None:
@@ -71,7 +71,10 @@ def adopt_widths(layer: nn.Module) -> None:
 @adopt_widths.register
 def _(layer: _ConvNd) -> None:
     first, second = layer.weight.shape[:2]
-    if leave_as_groups(layer):
+    if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+        if is_depthwise(layer):  # of the others, none leaves
+            layer.groups = layer.in_channels = layer.out_channels = first
+    elif leave_as_groups(layer):
         inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
         layer.groups = first // outputs
         layer.in_channels, layer.out_channels = inputs * layer.groups, first
@@ -83,9 +86,9 @@ def _(layer: _ConvNd) -> None:
 
 @adopt_widths.register
 def _(layer: _NormBase) -> None:
-    known = layer.running_mean if layer.running_mean is not None else layer.weight
-    if known is not None:
-        layer.num_features = len(known)
+    scale = scale_of(layer)
+    known = (layer.running_mean, layer.weight, None if scale is None else scale.weight)
+    layer.num_features = next((len(tensor) for tensor in known if tensor is not None), layer.num_features)
 
 
 @adopt_widths.register

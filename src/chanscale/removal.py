@@ -29,7 +29,8 @@ class Removal(Generic[Model]):
         """Give `optimizer`, made anew for the pruned model, the state that the old one had."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter, state in zip(parameters, self.moments, strict=True):
-            optimizer.state[parameter] = state
+            if state:
+                optimizer.state[parameter] = state
 
 
 def remove_channels(
@@ -64,11 +65,14 @@ def _prune_moments(
     names = {parameter: name for name, parameter in model.named_parameters()}
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pruned = {key: _prune_moment(model, optimizer, key, selection) for key in ("exp_avg", "exp_avg_sq")}
+    # A scale in a branch that is never taken in training has no gradient, and so no state.
     return [
         {
             "step": optimizer.state[p]["step"].clone(),
             **{key: moment[names[p]] for key, moment in pruned.items()},
         }
+        if p in optimizer.state
+        else {}
         for p in stepped
     ]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from chanscale.artifact import ModelInfo, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
@@ -92,15 +91,14 @@ class RunFolder:
 
     def finish(
         self, model: Classifier, info: ModelInfo, metrics: dict[str, Any], history: list[dict[str, Any]],
-        widths_before: Mapping[str, int], example: Tensor,
+        widths_before: Mapping[str, int],
     ) -> ModelInfo:  # fmt: skip
         """Write the model, the figures and the plots, and move the folder to its place.
 
-        `example`: images as the model takes them, (N, C, H, W), in case it is to be exported. Returns `info`, with
-        what the model can be rebuilt by.
+        Returns `info`, with what the model can be rebuilt by.
         """
         if info.rebuilt_by == "program":
-            info = self._export(model, info, example)
+            info = self._export(model, info)
         metrics["rebuilt_by"] = info.rebuilt_by
         path = save_model(model, info, self.partial / "model.safetensors")
         metrics["bytes"]["model"] = path.stat().st_size
@@ -114,13 +112,14 @@ class RunFolder:
         self.partial.rename(self.out)
         return info
 
-    def _export(self, model: Classifier, info: ModelInfo, example: Tensor) -> ModelInfo:
+    def _export(self, model: Classifier, info: ModelInfo) -> ModelInfo:
+        shape = (info.channels, info.image_size, info.image_size)
         try:
-            save_program(model, example, self.partial / PROGRAM)
+            digest = save_program(model, shape, self.partial / PROGRAM)
         except ModelError as error:
             _log.warning("%s; the run can be loaded with the original network alone", error)
             return replace(info, rebuilt_by="network")
-        return info
+        return replace(info, program=digest)
 
     def discard(self) -> None:
         """Remove the unfinished folder, if this process works in it; what is finished stays."""

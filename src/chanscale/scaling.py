@@ -39,10 +39,13 @@ class ChannelScale(nn.Module):
         return f"{self.weight.numel()}, relu={self.relu}"
 
 
-def add_scale(layer: nn.Module, *, relu: bool = False) -> ChannelScale:
-    """Put a scale of 1 behind a convolution or a norm, in place, as its child; return it."""
+def add_scale(layer: nn.Module, *, relu: bool = False, device: torch.device | None = None) -> ChannelScale:
+    """Put a scale of 1 behind a convolution or a norm, in place, as its child; return it.
+
+    It is on the device of the layer, or on `device` if the layer has no tensors.
+    """
     width = int(layer.out_channels if isinstance(layer, _ConvNd) else layer.num_features)  # type: ignore[arg-type]
-    scale = ChannelScale(width, relu=relu, device=_device_of(layer))
+    scale = ChannelScale(width, relu=relu, device=_device_of(layer) or device)
     layer.add_module(SCALE, scale)
     layer.register_forward_hook(_apply_scale)
     return scale
@@ -149,13 +152,13 @@ def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
 _CONV_FORWARDS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
 
 
-def ensure_affine(norm: nn.Module) -> None:
-    """Give a norm, in place, a weight of 1 and a bias of 0 if it has none."""
+def ensure_affine(norm: nn.Module, like: Tensor) -> None:
+    """Give a norm, in place, a weight of 1 and a bias of 0 if it has none; of the kind of its statistics, or `like`."""
     if isinstance(norm, _NormBase) and norm.weight is None:
         norm.affine = True
-        device = norm.running_var.device if norm.running_var is not None else None
-        norm.weight = nn.Parameter(torch.ones(norm.num_features, device=device), requires_grad=False)
-        norm.bias = nn.Parameter(torch.zeros(norm.num_features, device=device), requires_grad=False)
+        kind = norm.running_var if norm.running_var is not None else like
+        norm.weight = nn.Parameter(kind.new_ones(norm.num_features), requires_grad=False)
+        norm.bias = nn.Parameter(kind.new_zeros(norm.num_features), requires_grad=False)
 
 
 def soft_threshold(scale: Tensor, step: Tensor | float) -> Tensor:
