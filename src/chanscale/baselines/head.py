@@ -1,8 +1,8 @@
 """A linear head on frozen features."""
 
 import copy
-from typing import Any
 
+from chanscale.baselines.fine_tuning import Trained, mark_chosen
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
@@ -17,8 +17,8 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 def train_head(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
-) -> tuple[Classifier, list[dict[str, Any]]]:
-    """Return a copy of `model` with a logistic regression for a head, its penalty chosen by validation."""
+) -> Trained:
+    """Return a copy of `model` with a logistic regression for a head, and a row for each penalty tried."""
     learner = Learner(data, splits, config, watcher)
     probed = to_channels_last(copy.deepcopy(model)).to(learner.fabric.device)
     features, labels = pooled_features(probed, data, splits.train, batch_size=config.micro_batch)
@@ -27,4 +27,5 @@ def train_head(
         fit_head(probed, features, labels, c=strength)
         tried.append({"c": strength, **learner.validate(probed)})
     fit_head(probed, features, labels, c=max(tried, key=merit)["c"])
-    return probed, tried
+    learner.centre(probed)
+    return probed, mark_chosen(tried)

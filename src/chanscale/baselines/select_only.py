@@ -1,0 +1,20 @@
+"""The channels of scale-and-select without its scales: is selection itself worth something?"""
+
+from chanscale.baselines.cutting import find_our_channels, know_groups
+from chanscale.baselines.fine_tuning import Trained
+from chanscale.baselines.head import train_head
+from chanscale.classifier import Classifier
+from chanscale.config import FitConfig
+from chanscale.data.loading import DecodedImages
+from chanscale.data.splits import Splits
+from chanscale.progress import Watcher
+from chanscale.pruning import prune_channels
+
+
+def train_select_only(
+    model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
+) -> Trained:
+    """Return the slices of `model` that `fit` keeps, with a linear head; a row for each strength of its penalty."""
+    model = know_groups(model, data, splits)
+    ours = find_our_channels(model, data, splits, config, watcher)
+    return train_head(prune_channels(model, ours), data, splits, config, watcher)
