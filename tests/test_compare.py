@@ -110,7 +110,8 @@ def test_images_that_have_changed_are_noticed(data, tiny):
 
 
 def test_help_loads_nothing_heavy():
-    program = f"import sys, chanscale.cli as c; c.run(['compare', '--help']); print([m for m in {HEAVY!r} if m in sys.modules])"
+    found = f"[name for name in {HEAVY!r} if name in sys.modules]"
+    program = f"import sys, chanscale.cli as cli; cli.run(['compare', '--help']); print({found})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
