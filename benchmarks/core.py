@@ -87,8 +87,10 @@ def run_cell(method: str, seed: int, options: argparse.Namespace) -> None:
         model, history = BASELINES[method](classifier, images, splits, config, watcher)
         metrics = {
             **judge(model, images, splits, watcher),
-            "validation_auc": max(row["validation_auc"] for row in history),
-            "parameters": {"removed": 0.0},
+            "validation_auc": next(row["validation_auc"] for row in history if row["chosen"]),
+            "parameters": {
+                "removed": next(row for row in history if row["chosen"]).get("parameters_removed", 0.0)
+            },
             **describe_machine(),
         }
     metrics["seconds"] = round(perf_counter() - began, 1)

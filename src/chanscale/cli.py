@@ -7,6 +7,7 @@ import sys
 import typer
 
 from chanscale.commands import UnfinishedRun, app
+from chanscale.compare_command import compare
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 
@@ -14,6 +15,8 @@ FAILED, INTERRUPTED = 2, 130
 
 # Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
 CHATTY = "lightning_fabric.utilities.rank_zero"
+
+app.command()(compare)
 
 
 def main() -> None:

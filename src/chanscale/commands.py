@@ -90,7 +90,7 @@ def fit(
     It holds the small classifier, its figures, the split, the history and the configuration.
     """
     config = merge_config(given, config_file)
-    _require_outside(data, out_folder)
+    require_outside(data, out_folder)
     _show_run(_fit(data, out_folder, config, resume=resume), as_json=as_json)
 
 
@@ -110,7 +110,7 @@ def evaluate(
     model, info = load_model(run_folder)
     images = open_images(data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad)
     images = _take_unseen(images, run_folder)
-    _warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
+    warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
     with watching() as watcher:
         decoded = decode_images(
             images,
@@ -280,7 +280,7 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)
-    _warn_about_patients(
+    warn_about_patients(
         # Without a name, so that they are not held through the run, which opens them itself.
         open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad),
         config.group_pattern,
@@ -297,7 +297,8 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
         raise
 
 
-def _require_outside(data: Path, out_folder: Path) -> None:
+def require_outside(data: Path, out_folder: Path) -> None:
+    """Raise ConfigError when a folder is to be made among the images, where it would be a class."""
     if data.is_dir() and out_folder.resolve().is_relative_to(data.resolve()):
         raise ConfigError(
             f"--out {out_folder} lies in the images' folder {data}, where a folder is a class; choose one beside it"
@@ -323,7 +324,8 @@ def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
     return images
 
 
-def _warn_about_patients(images: "ImageSet", group_pattern: str | None, danger: str) -> None:
+def warn_about_patients(images: "ImageSet", group_pattern: str | None, danger: str) -> None:
+    """Say so when file names look as if several images were of one patient, and no pattern finds it."""
     from chanscale.data import suggest_group_pattern
 
     pattern = suggest_group_pattern(images) if group_pattern is None else None

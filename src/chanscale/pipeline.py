@@ -181,7 +181,7 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
         raise ConfigError(
             "`positive` and `group_pattern` say how to open a path; open_images has both for an ImageSet"
         )
-    images = data if isinstance(data, ImageSet) else _open(Path(data), config)
+    images = data if isinstance(data, ImageSet) else open_path(Path(data), config)
     return decode_images(
         images,
         image_size=config.image_size,
@@ -192,7 +192,8 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
     )
 
 
-def _open(path: Path, config: FitConfig) -> ImageSet:
+def open_path(path: Path, config: FitConfig) -> ImageSet:
+    """List the images of a folder, table or array file as `config` says. Raises DataError, ConfigError."""
     open_as = partial(open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
     images = open_as()
     if config.positive is None:

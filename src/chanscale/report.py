@@ -59,8 +59,8 @@ def write_plots(
 ) -> tuple[Path, Path]:
     """Write `accuracy_size.png` and `channels.png` into `folder`, and return their paths."""
     curve, channels = folder / "accuracy_size.png", folder / "channels.png"
-    write_atomically(curve, _to_png(draw_accuracy_size(history, metrics)))
-    write_atomically(channels, _to_png(draw_channels(widths_before, widths_kept)))
+    write_atomically(curve, to_png(draw_accuracy_size(history, metrics)))
+    write_atomically(channels, to_png(draw_channels(widths_before, widths_kept)))
     return curve, channels
 
 
@@ -212,7 +212,8 @@ def _label_layers(widths: Widths) -> list[str]:
     return [name.removeprefix("trunk.") for name in widths]
 
 
-def _to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """Return the bytes of a PNG file, the same for the same figure."""
     content = io.BytesIO()
     # No name of a program or a version: the same run gives the same bytes.
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})

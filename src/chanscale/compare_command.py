@@ -1,0 +1,187 @@
+"""The command that compares ways to use a pretrained network; `cli` adds it to the others."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chanscale.cli_options import merge_config, with_config_options
+from chanscale.commands import require_outside, warn_about_patients
+from chanscale.config import FitConfig
+from chanscale.display import complain, describe_rows, out, say
+from chanscale.errors import ConfigError
+from chanscale.wording import percent
+
+if TYPE_CHECKING:
+    from chanscale.comparison.cells import CellSpec
+    from chanscale.comparison.grid import GridFolder, Plan
+
+FAILED_CELLS = 1
+SHOWN = ("method", "images", "cells", "test AUC", "ours less it", "removed", "seconds")
+"""The columns of the table that a terminal has room for."""
+
+
+@with_config_options
+def compare(
+    out_folder: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder of the grid, new or begun.")
+    ],
+    data: Annotated[
+        Path | None, typer.Argument(metavar="DATA", help="Images, as for fit; not needed with --table.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Baselines, chanscale, and chanscale@BUDGET for ours at another budget.")
+    ] = "head,full,chanscale",
+    folds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Parts, by patient; each is test once. 1: another split for each seed, as fit's."
+        ),
+    ] = 5,
+    only_folds: Annotated[str | None, typer.Option(help="Run these folds alone, e.g. 0,1.")] = None,
+    sizes: Annotated[
+        str,
+        typer.Option(help="Numbers of training images, e.g. 25,50,100,all; a smaller set lies in a larger."),
+    ] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds of the cells, e.g. 0,1,2; --seed fixes the folds.")] = "0",
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores.")] = 1,
+    table: Annotated[
+        bool, typer.Option("--table", help="Run nothing; draw the table from the cells that are there.")
+    ] = False,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="YAML file of options; the command line goes before it."
+        ),
+    ] = None,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Compare methods over folds, seeds and numbers of training images, and draw a table.
+
+    Each cell runs in a process of its own and leaves one file. The same command goes on where it was stopped.
+    """
+    from chanscale.comparison.grid import GridFolder
+
+    folder = GridFolder(out_folder)
+    failed = 0
+    if not table:
+        if data is None:
+            raise ConfigError(
+                "name the images, DATA; or draw the table of cells that are there, with --table"
+            )
+        require_outside(data, out_folder)
+        config = merge_config(given, config_file)
+        plan = _make_plan(methods, sizes, folds, only_folds, seeds, config)
+        failed = _run_missing(plan, data, folder, jobs=jobs)
+    _draw(folder, failed)
+    if failed:
+        raise typer.Exit(FAILED_CELLS)
+
+
+def _make_plan(
+    methods: str, sizes: str, folds: int, only_folds: str | None, seeds: str, config: FitConfig
+) -> "Plan":
+    from chanscale.baselines import BASELINES
+    from chanscale.comparison.grid import Plan
+    from chanscale.comparison.methods import parse_methods
+
+    names = _read_list(methods)
+    if not names:
+        raise ConfigError(f"--methods must be names, separated by commas. Got {methods!r}.")
+    chosen = tuple(range(folds)) if only_folds is None else _read_numbers("only-folds", only_folds)
+    if max(chosen) >= folds:
+        raise ConfigError(f"--only-folds must be below {folds}, the number of --folds. Got {max(chosen)}.")
+    return Plan(
+        parse_methods(names, BASELINES), _read_sizes(sizes), folds, chosen,
+        _read_numbers("seeds", seeds), config,
+    )  # fmt: skip
+
+
+def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", *, jobs: int) -> int:
+    """Run the cells that are not there; return how many failed."""
+    from chanscale.catalogue import require_network
+    from chanscale.pipeline import open_path
+
+    require_network(plan.config.backbone)
+    images = open_path(data, plan.config)
+    warn_about_patients(images, plan.config.group_pattern, "who may then stand in several folds")
+    # All that can be wrong with the plan is said before the folder is touched.
+    plan.specs(data, images, "32-true")
+    with folder.working():
+        specs = plan.specs(data, images, folder.begin(plan, images))
+        missing = folder.missing(specs)
+        if there := len(specs) - len(missing):
+            complain(f"{there} of {len(specs)} cells are there")
+        return _run(missing, folder, jobs=jobs, done=there, total=len(specs))
+
+
+def _run(specs: Sequence["CellSpec"], folder: "GridFolder", *, jobs: int, done: int, total: int) -> int:
+    from chanscale.comparison.processes import CellProcesses, run_cells
+
+    failed = 0
+    processes = CellProcesses(folder.cells, jobs=jobs)
+    try:
+        with closing(run_cells(specs, processes.run, jobs=jobs, stop=processes.stop)) as cells:
+            for spec, error in cells:
+                done, failed = done + 1, failed + bool(error)
+                complain(f"{done}/{total} {spec.cell.name}: {_settle(spec, error, folder)}")
+    except KeyboardInterrupt:
+        complain(f"{done - failed} of {total} cells are there; the same command goes on")
+        raise
+    return failed
+
+
+def _settle(spec: "CellSpec", error: str | None, folder: "GridFolder") -> str:
+    """Note how a cell ended, and return it in one line."""
+    from chanscale.comparison.cells import cell_path, read_cell
+
+    result = read_cell(cell_path(folder.cells, spec.cell)) if error is None else None
+    if result is None:
+        error = error or "it left no file"
+        return f"failed: {error.splitlines()[-1]} ({folder.note_failure(spec.cell, error)})"
+    folder.note_success(spec.cell)
+    auc = "not defined" if result["auc"] is None else f"{result['auc']:.3f}"
+    return f"AUC {auc}, {percent(result['parameters']['removed'])} removed, {result['seconds']:.0f} s"
+
+
+def _draw(folder: "GridFolder", failed: int) -> None:
+    from chanscale.comparison.drawing import draw_grid
+    from chanscale.comparison.table import COLUMNS
+    from chanscale.errors import ArtifactError
+
+    try:
+        rows, damaged = draw_grid(folder)
+    except ArtifactError as error:
+        if not failed:
+            raise
+        complain(f"warning: {error}")  # the exit code is that of the cells
+        return
+    for path in damaged:
+        complain(f"warning: {path} is damaged and left out; run the grid again to mend it")
+    shown = [COLUMNS.index(name) for name in SHOWN]
+    out.print(describe_rows(SHOWN, [[row.to_cells()[place] for place in shown] for row in rows]))
+    say(f"Table and plots: {folder.out}")
+
+
+def _read_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _read_sizes(text: str) -> tuple[int | None, ...]:
+    parts = _read_list(text)
+    numbers = _read_numbers(
+        "sizes", ",".join(part for part in parts if part != "all"), least=1, empty="all" in parts
+    )
+    return (*numbers, None) if "all" in parts else numbers
+
+
+def _read_numbers(option: str, text: str, *, least: int = 0, empty: bool = False) -> tuple[int, ...]:
+    parts = _read_list(text)
+    if not (parts or empty) or not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ConfigError(
+            f"--{option} must be whole numbers from {least}, separated by commas. Got {text!r}."
+        )
+    return tuple(dict.fromkeys(map(int, parts)))

@@ -1,0 +1,218 @@
+"""One cell of a comparison: what it is, how it is run, and the file it leaves."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self
+
+from chanscale.baselines import BASELINES
+from chanscale.classifier import Classifier
+from chanscale.comparison.folds import learning_and_test, split_for_cell
+from chanscale.comparison.methods import is_ours
+from chanscale.config import FitConfig
+from chanscale.costs import trunk_cost
+from chanscale.data.loading import DecodedImages
+from chanscale.data.sources import ImageSet
+from chanscale.data.splits import SIDES, Splits, split_images
+from chanscale.errors import DataError
+from chanscale.evaluation import predict
+from chanscale.files import to_json, write_atomically
+from chanscale.metrics import mean_auc, metrics_for
+from chanscale.pipeline import describe_machine, load_images, open_classifier, open_path, scale_and_select
+from chanscale.progress import Watcher
+
+FORMAT = "chanscale-cell/1"
+IDLE_OPTIONS = frozenset({"workers", "cache_gib"})
+"""Options that change nothing but the time and the memory that decoding takes."""
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in the grid; `size` None: all training images."""
+
+    method: str
+    size: int | None
+    fold: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its file, without the suffix."""
+        return f"{self.method}-{'all' if self.size is None else f'n{self.size}'}-f{self.fold}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """All that a process, here or elsewhere, has to know to run a cell.
+
+    `images`: digest of the list of images. `config`: that of this cell, with its seed and its budget.
+    """
+
+    cell: Cell
+    data: Path
+    images: str
+    folds: int
+    fold_seed: int
+    config: FitConfig
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that its figures follow from."""
+        facts = self._facts()
+        facts.pop("data")  # the same images may lie elsewhere
+        facts["config"] = {k: v for k, v in facts["config"].items() if k not in IDLE_OPTIONS}
+        return digest(facts)
+
+    def to_json(self) -> str:
+        """Return one line; `from_json` takes it back."""
+        return json.dumps(self._facts())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Return the spec that `to_json` wrote."""
+        facts = json.loads(text)
+        facts |= {"cell": Cell(**facts["cell"]), "data": Path(facts["data"])}
+        return cls(**(facts | {"config": FitConfig.build(facts["config"])}))
+
+    def _facts(self) -> dict[str, Any]:
+        own = {
+            "cell": asdict(self.cell),
+            "data": str(self.data),
+            "config": self.config.model_dump(mode="json"),
+        }
+        return {"images": self.images, "folds": self.folds, "fold_seed": self.fold_seed, **own}
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained classifier; parameters and MACs of its trunk before and after; the machine it took."""
+
+    model: Classifier
+    trunk: tuple[int, int]
+    kept: tuple[int, int]
+    machine: dict[str, Any]
+
+
+def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
+    """Train one method on one training set, judge it on its test images, and return what came of it.
+
+    The method is not given the test images. `seconds`: from files to a trained classifier. Raises ChanscaleError.
+    """
+    watcher = watcher or Watcher()
+    images = open_path(spec.data, spec.config)
+    if digest_images(images) != spec.images:
+        raise DataError(f"the images of {spec.data} have changed since the grid was begun; use another --out")
+    learning, test = learning_and_test(images, split_spec(images, spec))
+    # What these say has been done, or is not to be: class order, patients, and a test side.
+    config = spec.config.model_copy(update={"positive": None, "group_pattern": None, "test": 0.0})
+    began = perf_counter()
+    train = _train_ours if is_ours(spec.cell.method) else _train_baseline
+    trained = train(spec, learning, config, watcher)
+    seconds = round(perf_counter() - began, 2)
+    seen, unseen = load_images(learning, config, watcher), load_images(test, config, watcher)
+    return {
+        "format": FORMAT, "digest": spec.digest, "cell": asdict(spec.cell), "classes": list(images.classes),
+        **_judge(trained.model, unseen), "validation_auc": _validation_auc(trained.model, seen),
+        "parameters": _describe_change(trained.trunk[0], trained.kept[0]),
+        "macs": _describe_change(trained.trunk[1], trained.kept[1]),
+        "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
+        "seconds": seconds, **trained.machine,
+    }  # fmt: skip
+
+
+def split_spec(images: ImageSet, spec: CellSpec) -> Splits:
+    """Return the sides of the cell of `spec`. Raises SplitError, ConfigError."""
+    cell, config = spec.cell, spec.config
+    return split_for_cell(
+        images, fold=cell.fold, folds=spec.folds, fold_seed=spec.fold_seed, seed=cell.seed, size=cell.size,
+        validation=config.validation, test=config.test,
+    )  # fmt: skip
+
+
+def digest_images(images: ImageSet) -> str:
+    """Return a digest of the names of `images`, their classes and their patients, not of their pixels."""
+    rows = [(record.name, record.label, record.group, record.split) for record in images.records]
+    return digest([images.classes, sorted(rows, key=lambda row: row[0])])
+
+
+def digest(value: Any) -> str:
+    """Return a short digest of a JSON value."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_cell(folder: Path, result: Mapping[str, Any]) -> Path:
+    """Write the file of a cell into `folder`, whole or not at all, and return its path."""
+    path = cell_path(folder, Cell(**result["cell"]))
+    write_atomically(path, to_json(result) + "\n")
+    return path
+
+
+def read_cell(path: Path) -> Result | None:
+    """Return what `write_cell` wrote, or None where it is missing or damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        whole = result["format"] == FORMAT and Cell(**result["cell"]).name == path.name.removesuffix(".json")
+        lengths = {len(column) for column in result["test"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return result if whole and len(lengths) == 1 else None
+
+
+def cell_path(folder: Path, cell: Cell, suffix: str = ".json") -> Path:
+    """Return where the file of a cell lies."""
+    return folder / f"{cell.name}{suffix}"
+
+
+def _train_ours(_: CellSpec, images: ImageSet, config: FitConfig, watcher: Watcher) -> _Trained:
+    run = scale_and_select(config.backbone, images, config=config, watcher=watcher)
+    sizes = run.metrics["parameters"], run.metrics["macs"]
+    machine = {name: run.metrics[name] for name in ("peak_memory_bytes", "threads", "versions")}
+    before, after = (tuple(size[name] for size in sizes) for name in ("trunk", "kept"))
+    return _Trained(run.model, (before[0], before[1]), (after[0], after[1]), machine)
+
+
+def _train_baseline(spec: CellSpec, images: ImageSet, config: FitConfig, watcher: Watcher) -> _Trained:
+    decoded = load_images(images, config, watcher)
+    splits = split_images(decoded.images, validation=config.validation, test=0, seed=config.seed)
+    _, classifier = open_classifier(config.backbone, decoded, splits, config, watcher)
+    before = _sizes(classifier, decoded)
+    model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher)
+    machine = describe_machine()
+    machine.pop("notice")
+    return _Trained(model.eval(), before, _sizes(model, decoded), machine)
+
+
+def _sizes(model: Classifier, images: DecodedImages) -> tuple[int, int]:
+    """Return the parameters of the trunk, and its MACs for one image."""
+    example = images.batch([0])[0].to(next(model.parameters()).device)
+    cost = trunk_cost(model, (), example)
+    return cost.parameters(), cost.macs()
+
+
+def _describe_change(before: int, after: int) -> dict[str, float]:
+    return {"trunk": before, "kept": after, "removed": 1 - after / before}
+
+
+def _judge(model: Classifier, images: DecodedImages) -> dict[str, Any]:
+    scores, labels = predict(model, images, range(len(images)))
+    figures = {name: metric(scores, labels) for name, metric in metrics_for(len(model.classes)).items()}
+    records = images.images.records
+    return figures | {
+        "test": {
+            "names": [record.name for record in records],
+            "groups": [record.group for record in records],
+            "labels": labels.tolist(),
+            "scores": scores.tolist(),
+        }
+    }
+
+
+def _validation_auc(model: Classifier, images: DecodedImages) -> float:
+    side = [index for index, record in enumerate(images.images.records) if record.split == "validation"]
+    return mean_auc(*predict(model, images, side))

@@ -1,0 +1,37 @@
+"""What a comparison comes to, as files: a table, a row for each cell, and the pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from chanscale.comparison.cells import Result
+from chanscale.comparison.grid import GridFolder
+from chanscale.comparison.plots import draw_accuracy_size, draw_small_data
+from chanscale.comparison.table import Row, make_rows, to_csv, to_markdown
+from chanscale.errors import ArtifactError
+from chanscale.files import write_atomically
+from chanscale.report import to_png
+
+
+def draw_grid(folder: GridFolder) -> tuple[list[Row], list[Path]]:
+    """Write what follows from the cells that are there; return the rows of the table, and damaged cells.
+
+    `table.md`, `cells.csv`, `accuracy_size.png` and, of several sizes, `small_data.png`. Raises ArtifactError when
+    there is no cell.
+    """
+    noted = folder.read()
+    results, damaged = folder.results()
+    if not results:
+        raise ArtifactError(f"no cell of {folder.out} has been run to its end: there is nothing to draw")
+    rows = make_rows(results, noted["methods"])
+    there = {path.stem for path in folder.cells.glob("*.json")} - {path.stem for path in damaged}
+    missing = len(set(noted["cells"]) - there)
+    _write(folder.out, rows, results, missing)
+    return rows, damaged
+
+
+def _write(out: Path, rows: Sequence[Row], results: Sequence[Result], missing: int) -> None:
+    write_atomically(out / "table.md", to_markdown(rows, missing=missing))
+    write_atomically(out / "cells.csv", to_csv(results))
+    write_atomically(out / "accuracy_size.png", to_png(draw_accuracy_size(rows)))
+    if len({row.size for row in rows}) > 1:
+        write_atomically(out / "small_data.png", to_png(draw_small_data(rows)))

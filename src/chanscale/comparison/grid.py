@@ -1,0 +1,180 @@
+"""The folder of a comparison: which cells there are to be, which are there, and that all are of one kind."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from filelock import FileLock, Timeout
+
+from chanscale.comparison.cells import (
+    IDLE_OPTIONS,
+    Cell,
+    CellSpec,
+    Result,
+    cell_path,
+    digest_images,
+    read_cell,
+    split_spec,
+)
+from chanscale.comparison.methods import configure
+from chanscale.config import FitConfig, FixedPrecision
+from chanscale.data.sources import ImageSet
+from chanscale.devices import find_precision
+from chanscale.errors import ArtifactError, ConfigError, one_line
+from chanscale.files import to_json, write_atomically
+from chanscale.wording import printable
+
+FORMAT = "chanscale-grid/1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grid is to hold: every method on every size, fold and seed.
+
+    `sizes`: numbers of training images, None for all. `chosen`: which of the folds are run. `config.seed` fixes the
+    folds; `seeds` are those of the cells.
+    """
+
+    methods: tuple[str, ...]
+    sizes: tuple[int | None, ...]
+    folds: int
+    chosen: tuple[int, ...]
+    seeds: tuple[int, ...]
+    config: FitConfig
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell; all methods of one training set in a row, so that half a grid compares them."""
+        places = product(self.seeds, self.chosen, self.sizes, self.methods)
+        return [Cell(method, size, fold, seed) for seed, fold, size, method in places]
+
+    def specs(self, data: Path, images: ImageSet, precision: FixedPrecision) -> list[CellSpec]:
+        """Return what each cell needs to run, on images that can be split so. Raises SplitError, ConfigError."""
+        listed = digest_images(images)
+        config = self.config.model_copy(update={"precision": precision})
+        specs = [
+            CellSpec(
+                cell, data.absolute(), listed, self.folds, config.seed,
+                configure(cell.method, config, seed=cell.seed),
+            )
+            for cell in self.cells
+        ]  # fmt: skip
+        for spec in {replace(spec.cell, method=""): spec for spec in specs}.values():
+            split_spec(images, spec)  # says now what would otherwise end every cell
+        return specs
+
+
+class GridFolder:
+    """A comparison on disk: `grid.json`, a file for each cell in `cells/`, and what is drawn from them."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.cells = out / "cells"
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which is made. Raises ArtifactError."""
+        self._require_own()
+        try:
+            self.cells.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.out / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise ArtifactError(f"another process works in {self.out}; let it end, or stop it") from error
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write to {self.out}: {error.strerror}; choose another --out"
+            ) from error
+        try:
+            for left in self.cells.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left.unlink()
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+    def begin(self, plan: Plan, images: ImageSet) -> FixedPrecision:
+        """Note the plan, or add its cells to those noted; return the precision that all cells have.
+
+        It is measured once, so that no cell has another than the rest. Raises ConfigError when the grid was begun
+        with other options or images.
+        """
+        noted = self.read() if self._file.exists() else {}
+        fixed = {
+            "config": plan.config.model_dump(mode="json"),
+            "folds": plan.folds,
+            "images": digest_images(images),
+        }
+        if noted:
+            self._require_same(noted, fixed)
+        precision = noted.get("precision") or find_precision(plan.config)
+        names = [cell.name for cell in plan.cells]
+        facts = {
+            "format": FORMAT, **fixed, "precision": precision,
+            "methods": list(dict.fromkeys([*noted.get("methods", ()), *plan.methods])),
+            "cells": list(dict.fromkeys([*noted.get("cells", ()), *names])),
+        }  # fmt: skip
+        write_atomically(self._file, to_json(facts) + "\n")
+        return cast(FixedPrecision, precision)
+
+    def read(self) -> dict[str, Any]:
+        """Return what `begin` noted. Raises ArtifactError."""
+        try:
+            facts: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            known = facts["format"] == FORMAT
+        except FileNotFoundError as error:
+            raise ArtifactError(f"there is no grid at {self.out}; begin one with DATA") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{self._file} is damaged ({one_line(error)}); use another --out") from error
+        if not known:
+            raise ArtifactError(f"{self._file} is of another version of chanscale; use another --out")
+        return facts
+
+    def missing(self, specs: Sequence[CellSpec]) -> list[CellSpec]:
+        """Return those whose cell is not there, or damaged, or of other options."""
+        found = {spec: read_cell(cell_path(self.cells, spec.cell)) for spec in specs}
+        return [spec for spec, result in found.items() if not result or result["digest"] != spec.digest]
+
+    def results(self) -> tuple[list[Result], list[Path]]:
+        """Return what the cells that are there came to, and the files that are damaged."""
+        paths = sorted(self.cells.glob("*.json"))
+        read = [(path, read_cell(path)) for path in paths]
+        return [result for _, result in read if result], [path for path, result in read if not result]
+
+    def note_failure(self, cell: Cell, error: str) -> Path:
+        """Write why a cell failed beside where it would lie, and return the path."""
+        path = cell_path(self.cells, cell, ".error")
+        write_atomically(path, printable(error).rstrip() + "\n")
+        return path
+
+    def note_success(self, cell: Cell) -> None:
+        """Take away the error of an earlier try."""
+        cell_path(self.cells, cell, ".error").unlink(missing_ok=True)
+
+    @property
+    def _file(self) -> Path:
+        return self.out / "grid.json"
+
+    def _require_own(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ArtifactError(f"{self.out} is a file; choose another --out")
+        if self.out.exists() and any(self.out.iterdir()) and not self._file.exists():
+            raise ArtifactError(f"{self.out} holds something else than a grid; choose another --out")
+
+    def _require_same(self, noted: dict[str, Any], wanted: dict[str, Any]) -> None:
+        begun, asked = (
+            noted["config"] | {"folds": noted["folds"]},
+            wanted["config"] | {"folds": wanted["folds"]},
+        )
+        for name in sorted({*begun, *asked} - IDLE_OPTIONS):
+            if begun.get(name) != asked.get(name):
+                raise ConfigError(
+                    f"{self.out} was begun with {name}={begun.get(name)!r}, not {asked.get(name)!r}; "
+                    "use the same options, or another --out"
+                )
+        if noted["images"] != wanted["images"]:
+            raise ConfigError(f"{self.out} was begun with other images; use the same, or another --out")

@@ -1,0 +1,155 @@
+"""The table of a comparison, from whatever cells there are."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from chanscale.comparison.differences import Scores, mean_interval, paired_difference
+from chanscale.comparison.methods import find_reference
+from chanscale.errors import ArtifactError
+from chanscale.metrics import Estimate
+from chanscale.wording import percent, shorten
+
+Result = Mapping[str, Any]
+COLUMNS = (
+    "method", "images", "cells", "test AUC", "ours less it", "accuracy", "parameters kept", "removed", "MACs",
+    "seconds", "peak GiB",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours."""
+
+    method: str
+    size: int | None
+    results: tuple[Result, ...]
+    auc: Estimate
+    difference: Estimate | None
+
+    def mean(self, *path: str) -> float:
+        """Return the mean of a figure of the cells, such as `("macs", "kept")`; nan are left out."""
+        return mean_interval([find(result, *path) for result in self.results]).value
+
+    def to_cells(self) -> tuple[str, ...]:
+        """Return the row in words, a text for each of `COLUMNS`."""
+        return (
+            self.method, "all" if self.size is None else str(self.size), str(len(self.results)),
+            _describe(self.auc), "" if self.difference is None else _describe(self.difference, "+.3f"),
+            f"{self.mean('accuracy'):.3f}", shorten(self.mean("parameters", "kept")),
+            percent(self.mean("parameters", "removed")), shorten(self.mean("macs", "kept")),
+            f"{self.mean('seconds'):.0f}", f"{self.mean('peak_memory_bytes') / 2**30:.2f}",
+        )  # fmt: skip
+
+
+def find(result: Result, *path: str) -> float:
+    """Return a figure of a cell; nan where it was not defined."""
+    value: Any = result
+    for name in path:
+        value = value[name]
+    return math.nan if value is None else float(value)
+
+
+def make_rows(results: Iterable[Result], methods: Sequence[str]) -> list[Row]:
+    """Return a row for each method, in the order of `methods`, on each size; a difference counts common cells."""
+    found: dict[tuple[int | None, str], dict[tuple[int, int], Result]] = {}
+    for result in results:
+        cell = result["cell"]
+        found.setdefault((cell["size"], cell["method"]), {})[cell["fold"], cell["seed"]] = result
+    present = {method for _, method in found}
+    order = [method for method in dict.fromkeys([*methods, *sorted(present)]) if method in present]
+    reference = find_reference(order)
+    return [
+        _make_row(method, size, found[size, method], found.get((size, reference or "")), reference)
+        for size in sort_sizes(size for size, _ in found)
+        for method in order
+        if (size, method) in found
+    ]
+
+
+def sort_sizes(sizes: Iterable[int | None]) -> list[int | None]:
+    """Return the sizes, each once, ascending; all images come last."""
+    return sorted(set(sizes), key=lambda size: math.inf if size is None else size)
+
+
+def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
+    """Return the table with what its numbers mean; `missing` cells are still to be run."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.to_cells() for row in rows)]
+    reference = next((row.method for row in rows if row.difference is None), None)
+    notes = [
+        "Means over cells. In brackets, 95 %: behind the AUC a t interval over cells, whose training images overlap, "
+        "which makes it somewhat narrow.",
+        "Seconds: from files to a trained classifier.",
+    ]
+    if reference and len({row.method for row in rows}) > 1:
+        notes.insert(
+            1,
+            f"Ours less it: AUC of {reference} less that of the method, on the cells that both have; paired bootstrap "
+            "over the test images, by patient where known. It knows of other patients, not of other trainings.",
+        )
+    if missing:
+        notes.append(f"**{missing} cells are missing.**")
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *notes]) + "\n"
+
+
+def to_csv(results: Iterable[Result]) -> str:
+    """Return a CSV table with a row for each cell, without its scores."""
+    rows = [_flatten(result) for result in results]
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _make_row(
+    method: str,
+    size: int | None,
+    own: Mapping[Any, Result],
+    ours: Mapping[Any, Result] | None,
+    reference: str | None,
+) -> Row:
+    difference = None
+    if method != reference:
+        common = sorted(own.keys() & (ours or {}).keys())
+        difference = paired_difference([_pair((ours or {})[key], own[key]) for key in common])
+    auc = mean_interval([find(result, "auc") for result in own.values()])
+    return Row(method, size, tuple(own.values()), auc, difference)
+
+
+def _pair(ours: Result, other: Result) -> tuple[Scores, Scores]:
+    pair = Scores.of(ours), Scores.of(other)
+    if pair[0].names != pair[1].names or not np.array_equal(pair[0].labels, pair[1].labels):
+        names = [f"{result['cell']['method']}" for result in (ours, other)]
+        raise ArtifactError(
+            f"the cells of {names[0]} and {names[1]}, fold {ours['cell']['fold']}, seed {ours['cell']['seed']}, have "
+            "other test images; remove both, and run them again"
+        )
+    return pair
+
+
+def _describe(figure: Estimate, form: str = ".3f") -> str:
+    if math.isnan(figure.value):
+        return ""
+    return f"{figure.value:{form}}" + (
+        "" if math.isnan(figure.low) else f" [{figure.low:{form}}, {figure.high:{form}}]"
+    )
+
+
+def _flatten(result: Result) -> dict[str, Any]:
+    cell: dict[str, Any] = result["cell"]
+    parts = {
+        f"{name}_{key}": value
+        for name in ("parameters", "macs", "images")
+        for key, value in result[name].items()
+    }
+    plain = {name: value for name, value in result.items() if not isinstance(value, Mapping | list)}
+    where = cell | {"size": "all" if cell["size"] is None else cell["size"]}
+    return where | plain | parts | {f"version_{name}": value for name, value in result["versions"].items()}

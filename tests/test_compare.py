@@ -1,0 +1,253 @@
+"""The command, with cells in processes of their own; the network is tiny, and everything else is real."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny_backbone
+import tiny_cell
+from chanscale import cli
+from chanscale.baselines import BASELINES
+from chanscale.cli_options import merge_config
+from chanscale.comparison import processes
+from chanscale.comparison.cells import Cell, CellSpec, digest_images, read_cell, run_cell
+from chanscale.data import open_images
+from chanscale.data.splits import split_images
+from chanscale.errors import DataError
+from chanscale.metrics import mean_auc
+from chanscale.pipeline import scale_and_select
+from test_cli import HEAVY, OPTIONS, draw, error_of, words
+
+CONFIG = {
+    "backbone": "tiny", "image_size": 32, "budget": 0.5, "round_to": 1, "scale_epochs": 2, "refine_epochs": 1,
+    "precision": "32-true", "group_pattern": "^(\\d+)_", "batch_size": 8, "micro_batch": 8, "workers": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The tiny backbone, and methods that fail, here and in the processes of cells."""
+    tiny_backbone.register(monkeypatch.setitem, monkeypatch.setattr)
+    for name, method in tiny_cell.METHODS.items():
+        monkeypatch.setitem(BASELINES, name, method)
+    monkeypatch.setattr(processes, "CELL_PROGRAM", tiny_cell.PROGRAM)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return draw(tmp_path_factory.mktemp("compare") / "data")
+
+
+def compare(data, out, *arguments) -> int:
+    return cli.run(["compare", str(data), "--out", str(out), *OPTIONS, "--folds=3", *arguments])
+
+
+def spec_of(data, method, **options) -> CellSpec:
+    config = merge_config(CONFIG | options, None)
+    listed = digest_images(open_images(data, group_pattern=config.group_pattern))
+    return CellSpec(Cell(method, None, 0, config.seed), data, listed, 1, 0, config)
+
+
+def cells_of(out) -> dict[str, dict]:
+    """The cells of a grid, without what a machine does differently each time."""
+    found = {path.stem: json.loads(path.read_text()) for path in (out / "cells").glob("*.json")}
+    for cell in found.values():
+        del cell["seconds"], cell["peak_memory_bytes"]
+    return found
+
+
+# --- one cell
+
+
+def test_a_cell_of_ours_is_what_a_fit_of_the_same_split_gives(data, tiny):
+    config = merge_config(CONFIG, None)
+    result = run_cell(spec_of(data, "chanscale"))
+    images = open_images(data, group_pattern=config.group_pattern)
+    splits = split_images(images, validation=config.validation, test=config.test, seed=config.seed)
+
+    run = scale_and_select("tiny", data, config=config)
+    assert result["auc"] == run.metrics["auc"]["value"]
+    assert result["accuracy"] == run.metrics["accuracy"]["value"]
+    assert result["parameters"]["kept"] == run.metrics["parameters"]["kept"]
+    assert result["macs"]["removed"] == run.metrics["macs"]["removed"]
+    assert result["validation_auc"] == pytest.approx(run.metrics["validation_auc"], abs=1e-6)
+    assert result["test"]["names"] == [images.records[i].name for i in splits.test]
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_a_cell_of_a_baseline_keeps_all_and_says_what_it_saw(data, tiny, method):
+    result = run_cell(spec_of(data, method))
+    assert result["parameters"]["kept"] == result["parameters"]["trunk"]
+    assert result["macs"]["removed"] == 0
+    test = result["test"]
+    scores, labels = np.array(test["scores"]), np.array(test["labels"])
+    assert result["auc"] == mean_auc(scores, labels)
+    assert len(set(test["groups"])) * 2 == len(labels) == result["images"]["test"]
+    assert sum(result["images"].values()) == 48
+    assert result["peak_memory_bytes"] > 2**26
+
+
+def test_another_budget_leaves_fewer_parameters(data, tiny):
+    removed = run_cell(spec_of(data, "chanscale", budget=0.8))["parameters"]["removed"]
+    assert removed >= 0.8
+
+
+def test_images_that_have_changed_are_noticed(data, tiny):
+    spec = spec_of(data, "head")
+    with pytest.raises(DataError, match="have changed since the grid was begun"):
+        run_cell(CellSpec(**(vars(spec) | {"images": "other"})))
+
+
+# --- the command
+
+
+def test_help_loads_nothing_heavy():
+    found = f"[name for name in {HEAVY!r} if name in sys.modules]"
+    program = f"import sys, chanscale.cli as cli; cli.run(['compare', '--help']); print({found})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare"], "Missing option '--out'"),
+        (["compare", "--out", "grid"], "name the images, DATA; or draw the table"),
+        (["compare", "--out", "grid", "--table"], "there is no grid at grid"),
+        (["compare", "nowhere", "--out", "grid"], "nowhere does not exist"),
+        (["compare", "d", "--out", "grid", "--methods", "best"], "--methods must be among head, full"),
+        (["compare", "d", "--out", "grid", "--methods", ""], "--methods must be"),
+        (["compare", "d", "--out", "grid", "--sizes", "few"], "--sizes must be whole numbers from 1"),
+        (["compare", "d", "--out", "grid", "--sizes", "0"], "--sizes must be whole numbers from 1"),
+        (["compare", "d", "--out", "grid", "--seeds", ""], "--seeds must be whole numbers from 0"),
+        (["compare", "d", "--out", "grid", "--only-folds", "5"], "--only-folds must be below 5"),
+        (["compare", "d", "--out", "grid", "--folds", "0"], "Invalid value for '--folds'"),
+        (["compare", "d", "--out", "grid", "--backbone", "resnet1"], "must be one of"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_cell_could_run_with_leaves_nothing(data, tiny, tmp_path, capsys):
+    for options, message in (
+        (["--sizes=500"], "--sizes 500 is more than the"),
+        (["--folds=20"], "too few for --folds 20"),
+        (["--methods=chanscale@1.5"], "budget: Input should be less than 1"),
+        (["--out", str(data / "grid")], "lies in the images' folder"),
+    ):
+        out = ["--out", str(tmp_path / "grid")] if "--out" not in options else []
+        assert message in error_of(capsys, ["compare", data, *OPTIONS, *out, *options])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_runs_in_processes_two_at_a_time_as_one_at_a_time_and_resumes(data, tiny, tmp_path, capsys):
+    asked = ["--methods=head,chanscale", "--only-folds=1", "--sizes=10"]
+    assert compare(data, tmp_path / "two", *asked, "--jobs=2") == 0
+    out, err = words(capsys)
+    assert len([line for line in err.splitlines() if re.match(r"\d/2 .*: AUC \d", line)]) == 2
+    assert all(word in out for word in ("method", "test AUC", "ours", "removed", "head", "Table and plots: "))
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "cells", "grid.json", "table.md", "cells.csv", "accuracy_size.png",
+    }  # fmt: skip
+    # One at a time, and in two goes: first without one of the methods.
+    assert compare(data, tmp_path / "one", *asked[1:], "--methods=head") == 0
+    kept = tmp_path / "one" / "cells" / "head-n10-f1-s0.json"
+    written = kept.stat().st_mtime_ns
+    words(capsys)
+    assert compare(data, tmp_path / "one", *asked) == 0
+    assert "1 of 2 cells are there" in words(capsys)[1]
+    assert kept.stat().st_mtime_ns == written
+    assert cells_of(tmp_path / "one") == cells_of(tmp_path / "two")
+    assert cells_of(tmp_path / "one").keys() == {"head-n10-f1-s0", "chanscale-n10-f1-s0"}
+    check_redrawing(tmp_path / "one", capsys)
+    assert "was begun with budget=0.5, not 0.6" in error_of(
+        capsys, ["compare", data, "--out", tmp_path / "one", *OPTIONS, "--folds=3", *asked, "--budget=0.6"]
+    )
+
+
+def check_redrawing(out, capsys):
+    """The table alone needs neither images nor network, and comes out the same."""
+    before = (out / "table.md").read_text()
+    (out / "table.md").unlink()
+    assert cli.run(["compare", "--out", str(out), "--table"]) == 0
+    assert (out / "table.md").read_text() == before
+    words(capsys)
+
+
+def test_a_failing_cell_does_not_stop_others(data, tiny, tmp_path, capsys):
+    out = tmp_path / "grid"
+    assert compare(data, out, "--methods=broken,killed,head", "--only-folds=0") == 1
+    told, err = words(capsys)
+    lines = {line.split()[1]: line for line in err.splitlines() if re.match(r"\d/3", line)}
+    error = out / "cells" / "broken-all-f0-s0.error"
+    assert lines["broken-all-f0-s0:"].endswith(
+        f"failed: the loss became nan; use a lower --head-lr ({error})"
+    )
+    assert error.read_text() == "the loss became nan; use a lower --head-lr\n"
+    assert "ended by SIGKILL; it may have lacked memory" in lines["killed-all-f0-s0:"]
+    assert read_cell(out / "cells" / "head-all-f0-s0.json")
+    assert "head" in told
+    assert "**2 cells are missing.**" in (out / "table.md").read_text()
+
+
+def test_a_grid_of_failures_ends_with_their_exit_code(data, tiny, tmp_path, capsys):
+    assert compare(data, tmp_path / "grid", "--methods=broken", "--only-folds=0") == 1
+    assert "nothing to draw" in words(capsys)[1].splitlines()[-1]
+
+
+def test_an_interrupt_ends_the_cells_and_leaves_nothing_half_written(data, tmp_path):
+    program = (
+        "import signal, tiny_backbone as t, tiny_cell; t.register()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from chanscale.baselines import BASELINES; BASELINES.update(tiny_cell.METHODS)\n"
+        "from chanscale.comparison import processes; processes.CELL_PROGRAM = tiny_cell.PROGRAM\n"
+        "from chanscale.cli import main; main()"
+    )
+    out = tmp_path / "grid"
+    arguments = [
+        str(data),
+        "--out",
+        str(out),
+        *OPTIONS,
+        "--folds=3",
+        "--methods=head,endless",
+        "--only-folds=0",
+    ]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "compare", *arguments],
+        env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        line = ""
+        while not line.startswith("1/2"):
+            line = process.stderr.readline()
+            assert line, "it ended before its first cell"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+    assert rest.splitlines() == [
+        "1 of 2 cells are there; the same command goes on", "interrupted; nothing half-written is left",
+    ]  # fmt: skip
+    assert {path.name for path in (out / "cells").iterdir()} == {"head-all-f0-s0.json"}
+    assert not (out / ".lock").exists()
+
+
+def test_a_cell_ends_with_the_process_that_started_it(data):
+    with subprocess.Popen(
+        [*tiny_cell.PROGRAM, "nowhere"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        process.stdin.write(spec_of(data, "endless").to_json().encode() + b"\n")
+        process.stdin.close()
+        assert process.wait(60) == 1

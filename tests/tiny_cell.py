@@ -1,0 +1,33 @@
+"""The process of a cell, on the tiny backbone, with two methods that fail and one that takes long."""
+
+import os
+import signal
+import sys
+import time
+
+import tiny_backbone
+from chanscale.baselines import BASELINES
+from chanscale.comparison import cell_process
+from chanscale.errors import TrainingError
+
+PROGRAM = (sys.executable, __file__)
+
+
+def break_down(*_):
+    raise TrainingError("the loss became nan;\n use a lower --head-lr")
+
+
+def be_killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_long(*_):
+    time.sleep(600)
+
+
+METHODS = {"broken": break_down, "killed": be_killed, "endless": take_long}
+
+if __name__ == "__main__":
+    tiny_backbone.register()
+    BASELINES.update(METHODS)
+    cell_process.main()
