@@ -149,7 +149,8 @@ def test_random_has_our_widths_and_slices_of_other_channels():
     drawn = [next(i for i, w in enumerate(whole) if torch.equal(w, mine)) for mine in first]
     assert drawn == sorted(set(drawn))
     other, _ = train("random", config=tiny_config(seed=1))
-    assert not torch.equal(other.trunk[0].weight, first)
+    # A layer that loses nothing is the same with any seed; the budget takes something from one of them.
+    assert any(not torch.equal(other.trunk[i].weight, model.trunk[i].weight) for i in (0, 3, 6))
 
 
 def test_taylor_frozen_leaves_slices_behind():
