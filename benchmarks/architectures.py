@@ -29,8 +29,8 @@ from chanscale.errors import UnsupportedTopologyError
 from chanscale.files import write_atomically
 from chanscale.group_scales import scale_parameters
 from chanscale.inspection import describe_network
-from chanscale.proof import channel_groups, halve, relative_change, run_masked
-from chanscale.pruning import prune_channels, silence_channels
+from chanscale.proof import channel_groups, halve, run_masked
+from chanscale.pruning import prune_channels, relative_change, silence_channels
 from chanscale.rebuilding import install_tensors
 from chanscale.selection import ChannelSelection
 

@@ -261,19 +261,26 @@ def without_prefix(kept):
     return {name.removeprefix("trunk."): torch.tensor(indices) for name, indices in kept.items()}
 
 
+class StopError(Exception):
+    pass
+
+
+class StopIn(Watcher):
+    """Stops a run in an epoch, before that is saved."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch(self, moment, _row):
+        if moment.epoch == self.epoch:
+            raise StopError
+
+
 def test_any_network_resumes_where_it_stopped(resident, tmp_path):
-    class StopError(Exception):
-        pass
-
-    class Stopper(Watcher):
-        def on_epoch(self, moment, _row):
-            if moment.epoch == 2:
-                raise StopError
-
     config = tiny_config(**RESIDENT)
     undisturbed = scale_and_select(resident, IMAGES.images, config=config)
     with pytest.raises(StopError):
-        scale_and_select(resident, IMAGES.images, config=config, out=tmp_path / "run", watcher=Stopper())
+        scale_and_select(resident, IMAGES.images, config=config, out=tmp_path / "run", watcher=StopIn(2))
     resumed = scale_and_select(resident, IMAGES.images, config=config, out=tmp_path / "run", resume=True)
     assert same_tensors(resumed.model, undisturbed.model)
 
@@ -306,17 +313,9 @@ def test_what_is_no_network_is_an_error_before_any_image_is_read(tmp_path):
 
 
 def test_a_run_is_not_resumed_with_another_preprocessing(tmp_path):
-    class StopError(Exception):
-        pass
-
-    class Stopper(Watcher):
-        def on_epoch(self, moment, _row):
-            if moment.epoch == 1:
-                raise StopError
-
     options = {"config": tiny_config(), "out": tmp_path / "run"}
     with pytest.raises(StopError):
-        fit_with(Preprocessing(scale=2.0), watcher=Stopper(), **options)
+        fit_with(Preprocessing(scale=2.0), watcher=StopIn(1), **options)
     with pytest.raises(ConfigError, match="resume it with the same network"):
         fit_with(Preprocessing(), resume=True, **options)
     assert fit_with(Preprocessing(scale=2.0), resume=True, **options).info.preprocessing["scale"] == 2

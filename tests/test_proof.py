@@ -12,8 +12,8 @@ from chanscale.attaching import attach_scales
 from chanscale.coupling import couple_channels
 from chanscale.errors import UnsupportedTopologyError
 from chanscale.inspection import inspect_network
-from chanscale.proof import channel_groups, halve, relative_change, remove_coupled, run_masked
-from chanscale.pruning import ROUNDING
+from chanscale.proof import channel_groups, halve, remove_coupled, run_masked
+from chanscale.pruning import ROUNDING, relative_change
 from networks import same_tensors
 
 NETWORKS = {

@@ -96,10 +96,10 @@ class TrunkCost:
             first, width = self._firsts[name]
             alive[first : first + width] = 0
             alive[first + indices.cpu().numpy()] = 1
-        owners, starts = self._axes["outputs"]
-        outputs = np.add.reduceat(alive[owners], starts) if len(starts) else np.zeros(0, np.int64)
-        owners, starts = self._axes["inputs"]
-        inputs = np.add.reduceat(alive[owners], starts) if len(starts) else np.zeros(0, np.int64)
+        outputs, inputs = (
+            np.add.reduceat(alive[owners], starts) if len(starts) else np.zeros(0, np.int64)
+            for owners, starts in (self._axes["outputs"], self._axes["inputs"])
+        )
         return outputs, inputs
 
     def _of(self, field: str) -> Numbers:

@@ -4,11 +4,14 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chanscale.errors import ConfigError
+from filelock import Timeout
+
+from chanscale.errors import ArtifactError, ConfigError
 
 
 def require_writable(path: Path) -> None:
@@ -20,6 +23,17 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"there is no folder {folder} to write {path.name} to; make it, or name another")
     if not os.access(path if _is_special(path) else folder, os.W_OK):
         raise ConfigError(f"{path} cannot be written; name another file")
+
+
+@contextmanager
+def claiming(folder: Path) -> Iterator[None]:
+    """Say in one line why `folder` cannot be taken: its lock is held, or it cannot be written. Raises ArtifactError."""
+    try:
+        yield
+    except Timeout as error:
+        raise ArtifactError(f"another process works in {folder}; let it end, or stop it") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

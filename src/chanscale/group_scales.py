@@ -55,9 +55,10 @@ class GroupScales:
 
         s / |s| * max(|s| - step, 0): the proximal operator of step * |s| (Parikh & Boyd 2014, 6.5.1).
         """
-        left = soft_threshold(self._norms(), torch.cat([steps[name] for name in self.widths]))
+        norms = self._norms()
+        left = soft_threshold(norms, torch.cat([steps[name] for name in self.widths]))
         row = self._row(self.parameters)
-        row[self._places] = self._directions() * left[self._channels]
+        row[self._places] = self._directions(norms) * left[self._channels]
         self._write(row, self.parameters)
 
     @torch.no_grad()
@@ -79,7 +80,8 @@ class GroupScales:
         """Add to the gradients that of a penalty whose slope along each norm is `slopes`, shape (width,)."""
         gradients = self._gradients()
         row = self._row(gradients)
-        row[self._places] += self._directions() * torch.cat([slopes[n] for n in self.widths])[self._channels]
+        along = torch.cat([slopes[name] for name in self.widths])[self._channels]
+        row[self._places] += self._directions(self._norms()) * along
         self._write(row, gradients)
 
     def gradient_rms(self) -> Tensor:
@@ -101,9 +103,9 @@ class GroupScales:
         sums.index_add_(0, self._channels.to(there), scales.to(there).double().square())
         return (sums / self._counts.to(there)).sqrt().float().to(scales.device)
 
-    def _directions(self) -> Tensor:
+    def _directions(self, norms: Tensor) -> Tensor:
         """Return each scale divided by the norm of its channel; 0 where that is 0."""
-        norms = self._norms()[self._channels]
+        norms = norms[self._channels]
         return torch.where(norms > 0, self._row(self.parameters)[self._places] / norms.clamp_min(1e-30), 0.0)
 
     def _by_group(self, values: Tensor) -> dict[str, Tensor]:

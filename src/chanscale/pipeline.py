@@ -88,6 +88,8 @@ def _run(
 ) -> Run:
     began = perf_counter()
     images = load_images(data, config, watcher)
+    if config.fold_grey and images.channels != 1:
+        raise ConfigError("fold_grey is for grey images, and these have colour; leave it out")
     splits = (folder.read_splits(images.images) if folder else None) or split_images(
         images.images, validation=config.validation, test=config.test, seed=config.seed
     )
@@ -95,8 +97,6 @@ def _run(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
     info = describe_model(original, classifier, images)
-    if config.fold_grey and images.channels != 1:
-        raise ConfigError("fold_grey is for grey images, and these have colour; leave it out")
     if config.fold_grey:
         fold_grey(classifier, images.batch(splits.train[:2])[0])  # fails now, rather than when all is trained
     if folder:

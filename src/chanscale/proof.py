@@ -18,7 +18,7 @@ from chanscale.channels import ChannelGroup, Kept, carried_groups
 from chanscale.coupling import couple_channels
 from chanscale.errors import ModelError, UnsupportedTopologyError, one_line
 from chanscale.heads import PooledHead
-from chanscale.pruning import ROUNDING, remove_positions, share, silence_positions
+from chanscale.pruning import ROUNDING, relative_change, remove_positions, share, silence_positions
 from chanscale.scaling import ChannelScale
 
 
@@ -152,13 +152,6 @@ def compare(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, exampl
         return f"the network does not run without them ({one_line(error)[:120]})"
     difference = relative_change(run_masked(model, groups, kept, example), pruned)
     return None if difference <= ROUNDING else f"removal changes the output by {difference:.1e} of its size"
-
-
-def relative_change(wanted: Tensor, got: Tensor) -> float:
-    """Return the largest difference of two outputs, relative to the largest value; infinite if shapes differ."""
-    if wanted.shape != got.shape or not got.isfinite().all():
-        return float("inf")
-    return float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def run_masked(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, example: Tensor) -> Tensor:

@@ -135,7 +135,14 @@ def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float
     # In fp32, the head's division by small deviations would make rounding look like a change. On the CPU,
     # since not every device has fp64.
     old, new = (_run_in_double(net, example.cpu().double()) for net in (before, after))
-    return float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
+    return relative_change(old, new)
+
+
+def relative_change(wanted: Tensor, got: Tensor) -> float:
+    """Return the largest difference of two outputs, relative to the largest value; infinite if shapes differ."""
+    if wanted.shape != got.shape or not got.isfinite().all():
+        return float("inf")
+    return float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def _run_in_double(net: nn.Module, example: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from chanscale.artifact import ModelInfo, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
@@ -16,7 +16,7 @@ from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
 from chanscale.errors import ArtifactError, ConfigError, ModelError
-from chanscale.files import to_json, write_atomically
+from chanscale.files import claiming, to_json, write_atomically
 from chanscale.programs import PROGRAM, save_program
 from chanscale.report import write_history, write_plots
 from chanscale.state import TrainingState
@@ -56,17 +56,11 @@ class RunFolder:
 
         Raises it, too, when another process works there.
         """
-        try:
+        with claiming(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             write_atomically(self.partial / "config.yaml", self.config.to_yaml())
             write_splits(self.partial / "splits.csv", images, splits)
-        except Timeout as error:
-            raise ArtifactError(f"another process works in {self.partial}; let it end, or stop it") from error
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write to {self.partial}: {error.strerror}; choose another --out"
-            ) from error
 
     def read_splits(self, images: ImageSet) -> Splits | None:
         """Return the split of an interrupted run, if it had one.

@@ -13,6 +13,7 @@ much: more off the small, little off the large (reweighted L1, Candes, Wakin & B
 concavity grows from 0 to its full value along the phase (graduated non-convexity, Blake & Zisserman 1987).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +70,14 @@ class BudgetPenalty:
     @torch.no_grad()
     def shrink(self, scales: GroupScales, pace: Pace) -> float:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
-        pivot = self.pivot(scales, pace)
-        step, factors = pivot / pace.batches_left, self._factors(scales, pivot, pace)
-        steps = {name: factor * step for name, factor in factors.items()}
-        for name, importance in self._importance(scales).items():
-            # Said outright: a weight that is divided by and multiplied with may leave a last bit.
-            steps[name] = steps[name].masked_fill(importance <= step, torch.inf)
+        importance = self._importance(scales)
+        pivot = self._within(importance, pace.budget)[1]
+        step, factors = pivot / pace.batches_left, self._factors(importance, pivot, pace)
+        # Said outright: a weight that is divided by and multiplied with may leave a last bit.
+        steps = {
+            name: (factors[name] * step).masked_fill(values <= step, torch.inf)
+            for name, values in importance.items()
+        }
         scales.shrink(steps)
         return step
 
@@ -84,8 +87,9 @@ class BudgetPenalty:
 
         It is measured in root mean squares of the data's gradient, which Adam turns into steps of `lr`.
         """
-        pivot = self.pivot(scales, pace)
-        step, factors = pivot / pace.batches_left, self._factors(scales, pivot, pace)
+        importance = self._importance(scales)
+        pivot = self._within(importance, pace.budget)[1]
+        step, factors = pivot / pace.batches_left, self._factors(importance, pivot, pace)
         rms = scales.gradient_rms()
         scales.add_to_gradients({name: factor * (rms * step / lr) for name, factor in factors.items()})
         return step
@@ -95,10 +99,7 @@ class BudgetPenalty:
 
         Raises BudgetError when the allowed widths cannot meet it.
         """
-        of = self.config.budget_of
-        return keep_within(
-            self._importance(scales), cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule
-        )
+        return self._within(self._importance(scales), budget)
 
     def allows(self, scales: GroupScales, budget: float) -> bool:
         """Whether the allowed widths can meet `budget`."""
@@ -115,16 +116,20 @@ class BudgetPenalty:
             return selection
         return self.select_within(scales, budget)[0]
 
+    def _within(self, importance: Mapping[str, Tensor], budget: float) -> tuple[ChannelSelection, float]:
+        of = self.config.budget_of
+        return keep_within(importance, cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule)
+
     def _limit(self, budget: float) -> float:
         return (1 - budget) * self.whole.of(self.config.budget_of)
 
-    def _factors(self, scales: GroupScales, pivot: float, pace: Pace) -> dict[str, Tensor]:
+    def _factors(self, importance: Mapping[str, Tensor], pivot: float, pace: Pace) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
         exponent = self.config.concavity * pace.progress
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.
         return {
             name: self._weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
-            for name, values in self._importance(scales).items()
+            for name, values in importance.items()
         }
 
     def _importance(self, scales: GroupScales) -> dict[str, Tensor]:

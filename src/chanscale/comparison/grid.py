@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from chanscale.comparison.cells import (
     IDLE_OPTIONS,
@@ -25,7 +25,7 @@ from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
 from chanscale.errors import ArtifactError, ConfigError, one_line
-from chanscale.files import to_json, write_atomically
+from chanscale.files import claiming, to_json, write_atomically
 from chanscale.wording import printable
 
 FORMAT = "chanscale-grid/1"
@@ -79,16 +79,10 @@ class GridFolder:
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
         self._require_own()
-        try:
+        with claiming(self.out):
             self.cells.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.out / ".lock", timeout=0)
             lock.acquire()
-        except Timeout as error:
-            raise ArtifactError(f"another process works in {self.out}; let it end, or stop it") from error
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write to {self.out}: {error.strerror}; choose another --out"
-            ) from error
         try:
             for left in self.cells.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink()
