@@ -30,7 +30,7 @@ from tiny_fits import SPLITS, WIDTHS, tiny_classifier, tiny_config, tiny_images
 DATA = tiny_images()
 COST = trunk_cost(tiny_classifier(), free_groups(tiny_classifier()), DATA.batch([0])[0])
 PRUNING = ("random", "select-only", "taylor-frozen", "magnitude", "taylor", "slimming")
-BY_STRENGTH = ("head", "select-only")
+BY_STRENGTH = ("head", "best-layer", "select-only")
 EPOCHS = {"random": [2, 3]}
 NORMED = {"slimming"}
 

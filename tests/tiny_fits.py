@@ -41,6 +41,6 @@ def tiny_config(**options) -> FitConfig:
     """Return a configuration of two epochs and two, with `options` in place of the defaults."""
     defaults = {
         "image_size": 32, "budget": 0.7, "scale_epochs": 2, "refine_epochs": 2, "round_to": 4,
-        "batch_size": 8, "micro_batch": 4, "workers": 0, "precision": "32-true", "device": "cpu",
+        "batch_size": 8, "micro_batch": 4, "workers": 0, "precision": "32-true", "device": "cpu", "depth": "full",
     }  # fmt: skip
     return FitConfig(**{**defaults, **options})

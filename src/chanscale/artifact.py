@@ -17,12 +17,12 @@ from torch.nn.modules.conv import _ConvNd
 from chanscale import __version__
 from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
+from chanscale.cutting_points import cut_trunk
 from chanscale.errors import ArtifactError, ChanscaleError, ModelError, one_line
 from chanscale.files import write_atomically
 from chanscale.modes import in_eval
 from chanscale.originals import rebuild_trunk, trunk_of
 from chanscale.programs import PROGRAM, Program, load_program
-from chanscale.pruning import share
 from chanscale.rebuilding import install_tensors
 from chanscale.slicing import output_width
 
@@ -40,8 +40,8 @@ class ModelInfo:
     `kept`: for each group, named by a convolution, the ascending indices of its channels in the original backbone;
     groups that are protected are not named. Where grouped convolutions hold channels together, those count as one.
     `image_size` in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that
-    ours replaced, if one was. `rebuilt_by`: its name; or a program that lies beside the file; or only the original
-    network.
+    ours replaced, if one was. `without`: the modules of its trunk that are left out. `rebuilt_by`: its name; or a
+    program that lies beside the file; or only the original network.
     """
 
     backbone: str
@@ -51,6 +51,7 @@ class ModelInfo:
     image_size: Annotated[int, Field(gt=0)]
     channels: Annotated[int, Field(gt=0)]
     head: str | None = None
+    without: tuple[str, ...] = ()
     rebuilt_by: Literal["name", "program", "network"] = "name"
     program: str | None = None
 
@@ -103,10 +104,9 @@ def rebuild(info: ModelInfo, tensors: Mapping[str, Tensor], *, trunk: nn.Module 
     """Return the classifier that `info` describes, with `tensors` for its state; `trunk` is not changed."""
     preprocessing = Preprocessing.from_dict(info.preprocessing)
     trunk = rebuild_trunk(info.backbone, info.head) if trunk is None else trunk_of(trunk, info.head)
+    trunk = cut_trunk(trunk, info.without)
     with torch.device("meta"):
-        model = Classifier(
-            preprocessing, share(trunk), channels=tensors[FEATURES].shape[1], classes=info.classes
-        )
+        model = Classifier(preprocessing, trunk, channels=tensors[FEATURES].shape[1], classes=info.classes)
     outputs = len(model.head.linear.bias)
     if len(tensors["head.linear.bias"]) != outputs:
         raise ModelError(f"{len(info.classes)} classes need {outputs} outputs, and there are others")

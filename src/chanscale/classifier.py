@@ -1,6 +1,7 @@
 """The network as a whole: pixels in, logits out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,11 +13,23 @@ from chanscale.heads import PooledHead
 from chanscale.modes import in_eval
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """The modules of the pretrained trunk that are not used, by name, and the parameters and MACs that go with them."""
+
+    modules: tuple[str, ...] = ()
+    parameters: int = 0
+    macs: int = 0
+
+
+NOTHING = LeftOut()
+
+
 class Classifier(nn.Module):
     """Preprocessing, a convolutional trunk, and a head, for a list of classes.
 
     Input: (N, 1 or 3, H, W), pixels in [0, 1]. Output: logits, (N, 1) for two classes (that of the second,
-    the positive one) and (N, K) for K > 2.
+    the positive one) and (N, K) for K > 2. `left_out`: what is gone from the end of the trunk, if it ends early.
     """
 
     def __init__(
@@ -28,6 +41,7 @@ class Classifier(nn.Module):
         self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.trunk = trunk
+        self.left_out = NOTHING
         self.head = PooledHead(channels, 1 if len(classes) == 2 else len(classes))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ class FitConfig(BaseModel):
         None, description="File with the pretrained weights; default: the cache, then the sources."
     )
 
+    depth: str = Field(
+        "auto",
+        description="Where the network ends. auto: behind the layer that a linear head reads best, cross-validated on "
+        "the training images; full: at its own end; or the name of a layer, e.g. features.18.",
+    )
     fold_grey: bool = Field(
         False,
         description="For grey images: let the first convolution see each once instead of three times. Same outputs; "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.channels import ChannelGroup, Kept, removed_positions, shrink_groups
+from chanscale.classifier import NOTHING, Classifier, LeftOut
 from chanscale.heads import PooledHead
 from chanscale.modes import device_of, in_eval
 
@@ -35,10 +36,14 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class TrunkCost:
-    """The convolutions and linear layers of a network in front of its head, and the groups of its channels."""
+    """The convolutions and linear layers of a network in front of its head, and the groups of its channels.
+
+    `left_out`: what the pretrained trunk had behind them.
+    """
 
     layers: tuple[LayerCost, ...]
     groups: tuple[ChannelGroup, ...]
+    left_out: LeftOut = NOTHING
 
     def parameters(self, kept: Kept | None = None) -> int:
         """Weights and biases when only the channels `kept` stay; a group not named there is whole."""
@@ -58,6 +63,10 @@ class TrunkCost:
     def of(self, what: str, kept: Kept | None = None) -> int:
         """`parameters` or `macs`, by name."""
         return self.macs(kept) if what == "macs" else self.parameters(kept)
+
+    def original(self, what: str) -> int:
+        """`parameters` or `macs` of the pretrained trunk: what is left out of it counts."""
+        return self.of(what) + (self.left_out.macs if what == "macs" else self.left_out.parameters)
 
     def per_channel(self, what: str) -> dict[str, float]:
         """Return what the removal of one channel saves, the mean over each group that is not protected."""
@@ -87,7 +96,7 @@ class TrunkCost:
             )
             for layer in self.layers
         )
-        return TrunkCost(layers, shrink_groups(self.groups, kept))
+        return replace(self, layers=layers, groups=shrink_groups(self.groups, kept))
 
     def _count(self, kept: Kept) -> tuple[Numbers, Numbers]:
         """Return the number of outputs, and of inputs, that each layer has left."""
@@ -149,7 +158,8 @@ def trunk_cost(model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor
     places = count_positions(model, layers, example)
     # One that is never called costs nothing.
     costs = (_cost(name, layer, places[name]) for name, layer in layers.items() if name in places)
-    return TrunkCost(tuple(costs), tuple(groups))
+    left_out = model.left_out if isinstance(model, Classifier) else NOTHING
+    return TrunkCost(tuple(costs), tuple(groups), left_out)
 
 
 def _cost(name: str, layer: nn.Module, places: int) -> LayerCost:

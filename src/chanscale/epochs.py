@@ -125,8 +125,8 @@ class EpochRunner(Learner):
         whole, left = self.penalty.whole, self.penalty.cost
         parameters, macs = left.parameters(), left.macs()
         return {
-            "parameters": parameters, "parameters_removed": 1 - parameters / whole.parameters(),
-            "macs": macs, "macs_removed": 1 - macs / whole.macs(), "widths": left.widths,
+            "parameters": parameters, "parameters_removed": 1 - parameters / whole.original("parameters"),
+            "macs": macs, "macs_removed": 1 - macs / whole.original("macs"), "widths": left.widths,
         }  # fmt: skip
 
     def _keep_best(self, state: TrainingState, moment: Moment, row: dict[str, Any]) -> None:

@@ -23,12 +23,14 @@ from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
+from chanscale.depth import Depth, choose_depth, end_trunk
 from chanscale.devices import find_precision
 from chanscale.errors import ChanscaleError, ConfigError, WeightsError
 from chanscale.evaluation import evaluate
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
 from chanscale.originals import Original, open_original
+from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 from chanscale.runs import NOTICE, RunFolder
@@ -96,11 +98,16 @@ def _run(
     original, classifier = open_classifier(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
-    info = describe_model(original, classifier, images)
     if config.fold_grey:
         fold_grey(classifier, images.batch(splits.train[:2])[0])  # fails now, rather than when all is trained
     if folder:
         folder.begin(images.images, splits)
+    whole, depth = classifier, folder.read_depth() if folder else None
+    depth = depth or choose_depth(whole, images, splits, config, watcher)
+    if folder:
+        folder.note_depth(depth)
+    classifier = end_trunk(whole, depth, images.batch(splits.train[:2])[0])
+    info = describe_model(original, classifier, images, depth)
     state, notes = (folder.load(classifier) if folder else None) or (None, {})
     _require_same_original(original, notes)
     # Measured once, so that both halves of an interrupted run compute alike.
@@ -109,7 +116,7 @@ def _run(
     if state is None:
         state = start(classifier, images, splits, config)
         notes = {
-            "before": judge(state.model, images, splits, watcher),
+            "before": judge_head(whole, images, splits, config, watcher),
             "seconds": 0.0,
             "precision": precision,
             "original": _identify(original),
@@ -128,6 +135,7 @@ def _run(
         **judge(best.model, images, splits, watcher),
         "before": notes["before"],
         **measure(classifier, best, images, full=original.full_parameters),
+        "depth": depth.to_dict(),
         **describe_training(best, state, images, splits),
         "seconds": round(earlier + perf_counter() - began, 1),
         "precision": precision,
@@ -230,8 +238,10 @@ def open_classifier(
     return original, carry_groups(classifier, groups)
 
 
-def describe_model(original: Original, classifier: Classifier, images: DecodedImages) -> ModelInfo:
-    """Return what the model file is to say about a network that is still whole."""
+def describe_model(
+    original: Original, classifier: Classifier, images: DecodedImages, depth: Depth
+) -> ModelInfo:
+    """Return what the model file is to say about a network of which no channel is removed yet."""
     return ModelInfo(
         backbone=original.name,
         classes=images.images.classes,
@@ -240,6 +250,7 @@ def describe_model(original: Original, classifier: Classifier, images: DecodedIm
         image_size=images.image_size,
         channels=images.channels,
         head=original.head,
+        without=depth.without,
         rebuilt_by="name" if original.can_be_rebuilt else "program",
     )
 
@@ -268,6 +279,16 @@ def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Wat
     return {**figures, "n": len(judged.labels), **known}
 
 
+def judge_head(
+    model: Classifier, images: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
+) -> dict[str, Any]:
+    """Return the figures of a linear head on the frozen `model`, whose head is set, as `judge` does."""
+    if not splits.test:
+        return {"n": 0}
+    fit_probe(model, images, splits.train, batch_size=config.micro_batch)
+    return judge(model, images, splits, watcher)
+
+
 def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: int | None) -> dict[str, Any]:
     """Return what the trunk held before and holds now: parameters, MACs for one image, bytes.
 
@@ -276,7 +297,8 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
     example, _ = images.batch([0])
     cost = trunk_cost(classifier, channel_groups(classifier, example), example)
     left = cost.keep(best.kept)
-    trunk, kept = cost.parameters(), left.parameters()
+    trunk, kept = cost.original("parameters"), left.parameters()
+    macs = cost.original("macs")
     return {
         "parameters": {
             "trunk": trunk,
@@ -286,7 +308,7 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
             "removed_of_full": 1 - kept / full if full else None,
             "head": sum(parameter.numel() for parameter in best.model.head.parameters()),
         },
-        "macs": {"trunk": cost.macs(), "kept": left.macs(), "removed": 1 - left.macs() / cost.macs()},
+        "macs": {"trunk": macs, "kept": left.macs(), "removed": 1 - left.macs() / macs},
         "bytes": {"trunk": 4 * trunk},
         "groups": {
             "prunable": len(cost.widths),

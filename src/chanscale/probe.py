@@ -11,6 +11,7 @@ from chanscale.classifier import Classifier
 from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.errors import TrainingError
 from chanscale.heads import standardise
+from chanscale.metrics import Floats, Ints
 
 STRENGTH = 0.01
 """Inverse L2 strength: with 512 features and some hundred images, weak fits separate everything and learn nothing."""
@@ -34,11 +35,16 @@ def fit_head(model: Classifier, features: Tensor, labels: Tensor, *, c: float = 
         )
     head = model.head
     head.set_statistics(features.to(head.mean.device))
-    standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy().astype(np.float64)
-    fitted = LogisticRegression(C=c, max_iter=2000).fit(standardised, labels.numpy())
+    standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy()
+    fitted = regress(standardised, labels.numpy(), c=c)
     with torch.no_grad():
         head.linear.weight.copy_(torch.from_numpy(fitted.coef_))
         head.linear.bias.copy_(torch.from_numpy(fitted.intercept_))
+
+
+def regress(features: Floats, labels: Ints, *, c: float = STRENGTH) -> LogisticRegression:
+    """Return a logistic regression on standardised `features` (N, C) and `labels` (N,)."""
+    return LogisticRegression(C=c, max_iter=2000).fit(features.astype(np.float64), labels)
 
 
 def set_head_statistics(

@@ -1,5 +1,6 @@
 """The run folder: built beside its place, moved there when it is whole."""
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
-from chanscale.errors import ArtifactError, ConfigError, ModelError
+from chanscale.depth import Depth
+from chanscale.errors import ArtifactError, ConfigError, ModelError, one_line
 from chanscale.files import claiming, to_json, write_atomically
 from chanscale.programs import PROGRAM, save_program
 from chanscale.report import write_history, write_plots
@@ -69,6 +71,21 @@ class RunFolder:
         """
         path = self.partial / "splits.csv"
         return read_splits(path, images) if path.exists() else None
+
+    def note_depth(self, depth: Depth) -> None:
+        """Write `depth.json`."""
+        write_atomically(self._depth, to_json(depth.to_dict()) + "\n")
+
+    def read_depth(self) -> Depth | None:
+        """Return where the trunk of an interrupted run ends, if that was found. Raises ArtifactError."""
+        if not self._depth.exists():
+            return None
+        try:
+            return Depth.from_dict(json.loads(self._depth.read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ArtifactError(
+                f"cannot resume from {self._depth} ({one_line(error)}); delete its folder and fit again"
+            ) from error
 
     def load(self, whole: Classifier) -> tuple[TrainingState, dict[str, Any]] | None:
         """Return the state of an interrupted run and its notes, if it had finished an epoch.
@@ -126,6 +143,10 @@ class RunFolder:
         if self._lock.is_locked:
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    @property
+    def _depth(self) -> Path:
+        return self.partial / "depth.json"
 
     @property
     def _checkpoint(self) -> Path:

@@ -121,7 +121,7 @@ class BudgetPenalty:
         return keep_within(importance, cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule)
 
     def _limit(self, budget: float) -> float:
-        return (1 - budget) * self.whole.of(self.config.budget_of)
+        return (1 - budget) * self.whole.original(self.config.budget_of)
 
     def _factors(self, importance: Mapping[str, Tensor], pivot: float, pace: Pace) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""

@@ -12,6 +12,7 @@ from chanscale.baselines import (
     slimming,
     taylor,
 )
+from chanscale.baselines.best_layer import train_best_layer
 from chanscale.baselines.bias import train_bias
 from chanscale.baselines.fine_tuning import Trained
 from chanscale.baselines.full import train_full
@@ -28,6 +29,7 @@ from chanscale.baselines.taylor_frozen import train_taylor_frozen
 
 BASELINES: dict[str, Callable[..., Trained]] = {
     "head": train_head,
+    "best-layer": train_best_layer,
     "last-block": train_last_block,
     "full": train_full,
     "scratch": train_scratch,
@@ -57,12 +59,13 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
     "taylor": taylor.LEARNING_RATES,
     "slimming": slimming.LEARNING_RATES,
 }
-"""Three to choose from by validation; the middle one is the default. `head` and `select-only` choose the penalty of
-their linear head themselves."""
+"""Three to choose from by validation; the middle one is the default. `head`, `best-layer` and `select-only` choose the
+penalty of their linear head themselves."""
 
 __all__ = [
     "BASELINES",
     "LEARNING_RATES",
+    "train_best_layer",
     "train_bias",
     "train_full",
     "train_head",

@@ -13,6 +13,7 @@ from chanscale.config import FitConfig
 from chanscale.costs import TrunkCost, trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
+from chanscale.depth import choose_depth, end_trunk
 from chanscale.errors import ConfigError
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
@@ -41,12 +42,12 @@ class Target:
         Raises BudgetError when the widths allowed cannot meet it.
         """
         of = self.config.budget_of
-        limit = (1 - self.config.budget) * self.cost.of(of)
+        limit = (1 - self.config.budget) * self.cost.original(of)
         return keep_within(importance, cost=self.cost, of=of, limit=limit, rule=self.rule)[0]
 
     def removed(self, selection: ChannelSelection) -> float:
         """Return the share of the trunk's parameters that is gone when only the `selection` stays."""
-        return 1 - self.cost.parameters(selection.kept) / self.cost.parameters()
+        return 1 - self.cost.parameters(selection.kept) / self.cost.original("parameters")
 
 
 def make_target(model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig) -> Target:
@@ -73,10 +74,15 @@ def later_epochs(config: FitConfig) -> list[Moment]:
 
 def find_our_channels(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
-) -> ChannelSelection:
-    """Return the channels that scale-and-select leaves of `model` at the budget."""
+) -> tuple[Classifier, ChannelSelection]:
+    """Return `model` as deep as scale-and-select uses it, and the channels that it leaves of that at the budget.
+
+    The network knows its groups.
+    """
     at_budget = config.model_copy(update={"tolerance": None})
-    return ChannelSelection(fit(model, data, splits, at_budget, watcher=watcher).kept)
+    depth = choose_depth(model, data, splits, at_budget, watcher)
+    shorter = end_trunk(know_groups(model, data, splits), depth, data.batch(splits.train[:2])[0])
+    return shorter, ChannelSelection(fit(shorter, data, splits, at_budget, watcher=watcher).kept)
 
 
 def tune_cut_tune(

@@ -2,7 +2,7 @@
 
 import torch
 
-from chanscale.baselines.cutting import find_our_channels, know_groups, later_epochs
+from chanscale.baselines.cutting import find_our_channels, later_epochs
 from chanscale.baselines.fine_tuning import Trained, middle
 from chanscale.baselines.refining import LEARNING_RATES, cut, refine
 from chanscale.channels import free_groups
@@ -22,16 +22,16 @@ def train_random(
 ) -> Trained:  # fmt: skip
     """Return `model` cut to random channels, its scales and head refined, and a row for each epoch of that.
 
-    The widths are those that `fit` finds, which it is run for; the epochs are those in which `fit` refines. Where
-    channels of one group cost differently (they pass through a part of a layer), the budget is met nearly.
+    The depth and the widths are those that `fit` finds, which it is run for; the epochs are those in which `fit`
+    refines. Where channels of one group cost differently (they pass through a part of a layer), the budget is met
+    nearly.
     """
     moments = later_epochs(config)
-    model = know_groups(model, data, splits)
-    ours = find_our_channels(model, data, splits, config, watcher)
-    whole = {group.name: group.width for group in free_groups(model)}
+    shorter, ours = find_our_channels(model, data, splits, config, watcher)
+    whole = {group.name: group.width for group in free_groups(shorter)}
     drawn = draw_channels(ours.widths, whole, seed=config.seed)
-    state = cut(start(model, data, splits, config), drawn, data, splits, config)
-    cost = trunk_cost(model, free_groups(model), data.batch(splits.train[:1])[0])
+    state = cut(start(shorter, data, splits, config), drawn, data, splits, config)
+    cost = trunk_cost(shorter, free_groups(shorter), data.batch(splits.train[:1])[0])
     return refine(
         state, cost, data, splits, config, watcher, moments=moments, lr=lr or middle(LEARNING_RATES)
     )

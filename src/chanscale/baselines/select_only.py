@@ -1,6 +1,6 @@
 """The channels of scale-and-select without its scales: is selection itself worth something?"""
 
-from chanscale.baselines.cutting import find_our_channels, know_groups
+from chanscale.baselines.cutting import find_our_channels
 from chanscale.baselines.fine_tuning import Trained
 from chanscale.baselines.head import train_head
 from chanscale.classifier import Classifier
@@ -15,6 +15,5 @@ def train_select_only(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
 ) -> Trained:
     """Return the slices of `model` that `fit` keeps, with a linear head; a row for each strength of its penalty."""
-    model = know_groups(model, data, splits)
-    ours = find_our_channels(model, data, splits, config, watcher)
-    return train_head(prune_channels(model, ours), data, splits, config, watcher)
+    shorter, ours = find_our_channels(model, data, splits, config, watcher)
+    return train_head(prune_channels(shorter, ours), data, splits, config, watcher)

@@ -1,0 +1,132 @@
+"""Where a trunk can be cut: the places between modules that run one behind the other, up to its output."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from chanscale.errors import ModelError
+from chanscale.modes import device_of, in_eval
+from chanscale.pruning import share
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The trunk ends behind `layer`; the modules `without` are left out. All are named as within the trunk."""
+
+    layer: str
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module was given and returned, held so that nothing else takes their place, and a copy of the latter."""
+
+    name: str
+    given: object
+    returned: object
+    copied: Tensor
+
+
+def find_cuts(trunk: nn.Module, inputs: Tensor) -> list[Cut]:
+    """Return the places where `trunk` can end, from its input to its output, the whole trunk not among them.
+
+    A place counts when all that follows is one module behind the other, up to what the trunk returns for `inputs`
+    (N, C, *), and when the next of them holds a convolution: a cut in front of an activation would lack it.
+    """
+    inputs = inputs.to(device_of(trunk))
+    modules = dict(trunk.named_modules())
+    calls = _note_calls(trunk, inputs)
+    return [
+        cut
+        for cut in _cuts_in("", modules, calls)
+        if any(isinstance(module, _ConvNd) for module in modules[cut.without[0]].modules())
+        and _returns(trunk, cut, inputs, calls[cut.layer].copied)
+    ]
+
+
+def cut_trunk(trunk: nn.Module, without: Iterable[str]) -> nn.Module:
+    """Return `trunk`, on the same tensors, with an identity in place of the modules `without`.
+
+    Raises ModelError for a module that is not there.
+    """
+    shorter = share(trunk)
+    for name in without:
+        parent, _, child = name.rpartition(".")
+        try:
+            shorter.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(f"the network has no module {name!r} to leave out") from error
+        setattr(shorter.get_submodule(parent), child, nn.Identity())
+    return shorter
+
+
+@torch.no_grad()
+def _note_calls(trunk: nn.Module, inputs: Tensor) -> dict[str, _Call]:
+    """Return the call of each module that takes one argument, by its name; one called twice has none."""
+    calls: dict[str, _Call | None] = {}
+
+    def note(name: str) -> object:
+        def hook(
+            _: nn.Module, given: tuple[object, ...], keywords: dict[str, object], returned: object
+        ) -> None:
+            calls[name] = (
+                _Call(name, given[0], returned, returned.clone())
+                if name not in calls and len(given) == 1 and not keywords and isinstance(returned, Tensor)
+                else None
+            )
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name), with_kwargs=True) for name, module in trunk.named_modules()
+    ]
+    try:
+        with in_eval(trunk):
+            trunk(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: call for name, call in calls.items() if call}
+
+
+def _returns(trunk: nn.Module, cut: Cut, inputs: Tensor, wanted: Tensor) -> bool:
+    """Tell whether `trunk`, cut, returns what its last layer did: nothing in between wrote into it, or needs it."""
+    shorter = cut_trunk(trunk, cut.without)
+    try:
+        with in_eval(shorter), torch.no_grad():
+            returned: object = shorter(inputs)
+    except Exception:  # whatever a forward raises that misses a module of its own
+        return False
+    return isinstance(returned, Tensor) and torch.equal(returned, wanted)
+
+
+def _cuts_in(name: str, modules: dict[str, nn.Module], calls: dict[str, _Call]) -> Iterator[Cut]:
+    """Yield the cuts within the module `name`, each with what has to be left out of it."""
+    chain = _find_chain(name, modules, calls)
+    for place, member in enumerate(chain):
+        later = tuple(chain[place + 1 :])
+        for cut in _cuts_in(member, modules, calls):
+            yield Cut(cut.layer, (*cut.without, *later))
+        if later:
+            yield Cut(member, later)
+
+
+def _find_chain(name: str, modules: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
+    """Return the children of `name`, in order, each of which takes what the one before returned, up to its output."""
+    if name not in calls:
+        return []
+    prefix = f"{name}." if name else ""
+    names = [prefix + child for child, _ in modules[name].named_children()]
+    order = {called: place for place, called in enumerate(calls)}
+    chain: list[str] = []
+    wanted = calls[name].returned
+    # From the back. Modules that write in place return what they were given: the one called last comes first.
+    for call in sorted((calls[child] for child in names if child in calls), key=lambda c: -order[c.name]):
+        if call.returned is not wanted:
+            break
+        chain.insert(0, call.name)
+        wanted = call.given
+    return chain

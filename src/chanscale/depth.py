@@ -1,0 +1,192 @@
+"""How much of the trunk is used: it ends where a linear head reads the images best.
+
+The last layers of a network tell the classes of ImageNet apart. For images that look otherwise, the layers in the
+middle often say more (Yosinski et al. 2014, section 2; Raghu et al. 2019, "Transfusion", section 4), and they come
+at a fraction of the parameters. So a linear head is fitted behind every layer where the trunk can end, judged by
+cross-validation on the training images alone, and what lies behind the best of them is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor
+
+from chanscale.channels import carry_groups
+from chanscale.classifier import Classifier, LeftOut, assemble, to_channels_last
+from chanscale.config import FitConfig
+from chanscale.costs import TrunkCost, trunk_cost
+from chanscale.cutting_points import Cut, cut_trunk, find_cuts
+from chanscale.data.loading import BatchLoader, DecodedImages
+from chanscale.data.splits import Splits
+from chanscale.errors import ConfigError
+from chanscale.metrics import Floats, Ints, mean_auc
+from chanscale.probe import regress
+from chanscale.progress import Watcher
+from chanscale.proof import channel_groups
+
+MOST = 20
+"""Places that are tried; of more, as many are taken at even distances."""
+
+FOLDS, REPEATS = 5, 4
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where the trunk ends: behind `layer`, or None for its own end; `without`: the modules that are left out.
+
+    `aucs`: of a linear head behind each layer tried, in order, cross-validated on the training images.
+    """
+
+    layer: str | None
+    without: tuple[str, ...]
+    aucs: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `from_dict` takes them back."""
+        return {"layer": self.layer, "without": list(self.without), "aucs": dict(self.aucs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the depth that `to_dict` told."""
+        return cls(values["layer"], tuple(values["without"]), dict(values["aucs"]))
+
+
+WHOLE = Depth(None, (), {})
+
+
+def choose_depth(
+    model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
+) -> Depth:
+    """Return where the trunk of `model` is to end, as `config.depth` says.
+
+    Only places that leave more than the budget does are tried: the rest is for the selection. Raises ConfigError for
+    a layer where the trunk cannot end.
+    """
+    if config.depth == "full":
+        return WHOLE
+    example = data.batch(splits.train[:2])[0]
+    cuts = _find_allowed(model, example, config)
+    if config.depth != "auto":
+        return _find_named(config.depth, cuts)
+    if not cuts:
+        return WHOLE
+    tried = [*cuts[:: -(-len(cuts) // MOST)], None]
+    features, labels = _features_behind(model, tried, data, splits, watcher, batch_size=config.micro_batch)
+    groups = np.array([data.images.records[index].group for index in splits.train])
+    aucs = []
+    for done, found in enumerate(features):
+        watcher.on_step("finding the depth", done, len(tried))
+        aucs.append(cross_validate(found, labels, groups, seed=config.seed))
+    watcher.on_step("finding the depth", len(tried), len(tried))
+    if np.isnan(aucs).any():
+        return WHOLE
+    best = tried[int(np.argmax(aucs))]
+    names = [cut.layer if cut else "trunk" for cut in tried]
+    rounded = {name: round(auc, 4) for name, auc in zip(names, aucs, strict=True)}
+    return Depth(best.layer, best.without, rounded) if best else Depth(None, (), rounded)
+
+
+def end_trunk(model: Classifier, depth: Depth, example: Tensor) -> Classifier:
+    """Return `model`, on the same tensors, with a trunk that ends at `depth`, and a new head; it knows its groups.
+
+    `example`: (N, C, H, W), pixels in [0, 1].
+    """
+    if depth.layer is None:
+        return model
+    trunk = cut_trunk(model.trunk, depth.without)
+    shorter = to_channels_last(assemble(model.preprocessing, trunk, example, classes=model.classes))
+    whole, left = (trunk_cost(net, (), example) for net in (model, shorter))
+    names = tuple(f"trunk.{name}" for name in depth.without)
+    shorter.left_out = LeftOut(names, whole.parameters() - left.parameters(), whole.macs() - left.macs())
+    return carry_groups(shorter, channel_groups(shorter, example))
+
+
+def cross_validate(features: Tensor, labels: Tensor, groups: Ints | Any, *, seed: int) -> float:
+    """Return the mean AUC of logistic regressions on `features` (N, C), tested on `groups` they have not seen.
+
+    `labels`, `groups`: (N,). Five folds, drawn four times; fewer where a class has fewer groups, and nan where one has
+    but one.
+    """
+    x, y = features.numpy(), labels.numpy()
+    folds = min(FOLDS, *(len(set(groups[y == label])) for label in range(int(y.max()) + 1)))
+    if folds < 2:
+        return float("nan")
+    aucs = []
+    for repeat in range(REPEATS):
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=(seed + repeat) % 2**32)
+        for train, test in splitter.split(x, y, groups):
+            if len(set(y[train])) == len(set(y[test])) == len(set(y)):
+                aucs.append(_judge(x, y, train, test))
+    return float(np.mean(aucs)) if aucs else float("nan")
+
+
+def _judge(x: Floats, y: Ints, train: Ints, test: Ints) -> float:
+    mean, deviation = x[train].mean(0), x[train].std(0)
+    standardised = (x - mean) / np.where(deviation > 0, deviation, np.inf)
+    fitted = regress(standardised[train], y[train])
+    return mean_auc(fitted.predict_proba(standardised[test]), y[test])
+
+
+def _find_allowed(model: Classifier, example: Tensor, config: FitConfig) -> list[Cut]:
+    """Return the cuts that leave a convolution, and more than the budget does."""
+    cost = trunk_cost(model, (), example)
+    limit = (1 - config.budget) * cost.of(config.budget_of)
+    return [
+        cut
+        for cut in find_cuts(model.trunk, model.preprocessing(example))
+        if _cost_before(cut, cost).of(config.budget_of) > limit
+    ]
+
+
+def _cost_before(cut: Cut, cost: TrunkCost) -> TrunkCost:
+    gone = tuple(f"trunk.{name}." for name in cut.without)
+    return TrunkCost(tuple(layer for layer in cost.layers if not f"{layer.name}.".startswith(gone)), ())
+
+
+def _find_named(layer: str, cuts: Sequence[Cut]) -> Depth:
+    for cut in cuts:
+        if cut.layer == layer.removeprefix("trunk."):
+            return Depth(cut.layer, cut.without, {})
+    names = ", ".join(cut.layer for cut in cuts)
+    raise ConfigError(
+        f"`depth` must be auto, full, or a layer where the trunk can end and still has more than the budget leaves "
+        f"({names or 'there is none'}). Got depth={layer!r} instead."
+    )
+
+
+@torch.no_grad()
+def _features_behind(
+    model: Classifier,
+    cuts: Sequence[Cut | None],
+    data: DecodedImages,
+    splits: Splits,
+    watcher: Watcher,
+    *,
+    batch_size: int,
+) -> tuple[list[Tensor], Tensor]:
+    """Return the pooled features (N, C) of the training images behind each of the `cuts`, and the labels (N,)."""
+    model.eval()
+    pooled: list[list[Tensor]] = [[] for _ in cuts]
+
+    def note(place: int) -> Any:
+        # At once: what follows may write into the map.
+        return lambda *call: pooled[place].append(model.head.pool(call[-1]).cpu())
+
+    layers = [model.trunk.get_submodule(cut.layer) if cut else model.trunk for cut in cuts]
+    handles = [layer.register_forward_hook(note(place)) for place, layer in enumerate(layers)]
+    labels, done = [], 0
+    try:
+        for batch in BatchLoader(data, splits.train, batch_size=batch_size).epoch():
+            watcher.on_step("reading every layer", done, len(splits.train))
+            model.feature_map(batch.images.to(model.head.mean.device))
+            labels.append(batch.labels)
+            done += len(batch.labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    watcher.on_step("reading every layer", done, len(splits.train))
+    return [torch.cat(parts) for parts in pooled], torch.cat(labels)
