@@ -69,13 +69,15 @@ def choose_depth(
     if config.depth == "full":
         return WHOLE
     example = data.batch(splits.train[:2])[0]
-    cuts = _find_allowed(model, example, config)
+    cuts = find_allowed(model, example, config)
     if config.depth != "auto":
         return _find_named(config.depth, cuts)
     if not cuts:
         return WHOLE
     tried = [*cuts[:: -(-len(cuts) // MOST)], None]
-    features, labels = _features_behind(model, tried, data, splits, watcher, batch_size=config.micro_batch)
+    features, labels = features_behind(
+        model, tried, data, splits.train, watcher, batch_size=config.micro_batch
+    )
     groups = np.array([data.images.records[index].group for index in splits.train])
     aucs = []
     for done, found in enumerate(features):
@@ -120,18 +122,22 @@ def cross_validate(features: Tensor, labels: Tensor, groups: Ints | Any, *, seed
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=(seed + repeat) % 2**32)
         for train, test in splitter.split(x, y, groups):
             if len(set(y[train])) == len(set(y[test])) == len(set(y)):
-                aucs.append(_judge(x, y, train, test))
+                aucs.append(judge_probe(x, y, train, test))
     return float(np.mean(aucs)) if aucs else float("nan")
 
 
-def _judge(x: Floats, y: Ints, train: Ints, test: Ints) -> float:
+def judge_probe(x: Floats, y: Ints, train: Ints, test: Ints) -> float:
+    """Return the AUC on the rows `test` of a logistic regression fitted to the rows `train`.
+
+    `x`: features (N, C), which are standardised by those rows. `y`: labels (N,).
+    """
     mean, deviation = x[train].mean(0), x[train].std(0)
     standardised = (x - mean) / np.where(deviation > 0, deviation, np.inf)
     fitted = regress(standardised[train], y[train])
     return mean_auc(fitted.predict_proba(standardised[test]), y[test])
 
 
-def _find_allowed(model: Classifier, example: Tensor, config: FitConfig) -> list[Cut]:
+def find_allowed(model: Classifier, example: Tensor, config: FitConfig) -> list[Cut]:
     """Return the cuts that leave a convolution, and more than the budget does."""
     cost = trunk_cost(model, (), example)
     limit = (1 - config.budget) * cost.of(config.budget_of)
@@ -159,16 +165,16 @@ def _find_named(layer: str, cuts: Sequence[Cut]) -> Depth:
 
 
 @torch.no_grad()
-def _features_behind(
+def features_behind(
     model: Classifier,
     cuts: Sequence[Cut | None],
     data: DecodedImages,
-    splits: Splits,
+    indices: Sequence[int],
     watcher: Watcher,
     *,
     batch_size: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the pooled features (N, C) of the training images behind each of the `cuts`, and the labels (N,)."""
+    """Return the pooled features (N, C) of some images behind each of the `cuts`, None for the end; and labels (N,)."""
     model.eval()
     pooled: list[list[Tensor]] = [[] for _ in cuts]
 
@@ -180,13 +186,13 @@ def _features_behind(
     handles = [layer.register_forward_hook(note(place)) for place, layer in enumerate(layers)]
     labels, done = [], 0
     try:
-        for batch in BatchLoader(data, splits.train, batch_size=batch_size).epoch():
-            watcher.on_step("reading every layer", done, len(splits.train))
+        for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
+            watcher.on_step("reading every layer", done, len(indices))
             model.feature_map(batch.images.to(model.head.mean.device))
             labels.append(batch.labels)
             done += len(batch.labels)
     finally:
         for handle in handles:
             handle.remove()
-    watcher.on_step("reading every layer", done, len(splits.train))
+    watcher.on_step("reading every layer", done, len(indices))
     return [torch.cat(parts) for parts in pooled], torch.cat(labels)
