@@ -149,9 +149,8 @@ def test_at_threshold_0_every_removal_is_exact(undisturbed):
 def test_without_early_removal_all_channels_leave_at_once_when_the_phase_ends(early):
     _, state = run(tiny_config(scale_epochs=4, round_to=1, concavity=8, early_removal=early))
     *before, last = [row for row in state.history if row["phase"] == "scale"]
-    gone = [row["epoch"] for row in before if row["widths"] != WIDTHS]
-    assert bool(gone) == early
-    assert [row["epoch"] for row in before if row["removal_change"] is not None] == gone[:1]
+    assert any(row["widths"] != WIDTHS for row in before) == early
+    assert any(row["removal_change"] is not None for row in before) == early
     assert last["parameters_removed"] >= tiny_config().budget
     assert last["removal_change"] < ROUNDING
 
