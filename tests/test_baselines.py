@@ -1,23 +1,24 @@
 """What scale-and-select is compared with, on a network and images that take a second."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from chanscale.attaching import attach_scales
 from chanscale.backbones import BACKBONES
-from chanscale.baselines import BASELINES, LEARNING_RATES
+from chanscale.baselines import BASELINES, LEARNING_RATES, slimming
 from chanscale.baselines.cutting import Target
+from chanscale.baselines.fine_tuning import FineTuner
 from chanscale.baselines.last_block import find_last_block
 from chanscale.baselines.magnitude import rank_by_magnitude
 from chanscale.baselines.scratch import draw_weights
-from chanscale.baselines.slimming import press_gammas, rank_by_gamma
+from chanscale.baselines.slimming import find_gammas, rank_by_gamma, shrink
 from chanscale.baselines.taylor import taylor_importance
-from chanscale.channels import free_groups
+from chanscale.channels import carry_groups, free_groups
 from chanscale.costs import trunk_cost
 from chanscale.errors import BudgetError, ConfigError, ModelError
 from chanscale.learning import Learner
@@ -246,19 +247,68 @@ def test_slimming_refuses_a_network_without_batch_norms():
     assert "\n" not in str(caught.value)
 
 
-def test_slimming_ranks_by_gamma_and_presses_it_alone():
+def test_slimming_ranks_by_gamma():
     model = tiny_normed()
-    gammas = {"trunk.0": 1, "trunk.4": 5, "trunk.8": 9}
     ranked = rank_by_gamma(model)
-    for name, norm in gammas.items():
+    for name, norm in GAMMAS.items():
         torch.testing.assert_close(ranked[name], model.trunk[norm].weight.detach().abs())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    press_gammas(model)
-    for module in model.trunk.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            pressed = isinstance(module, _BatchNorm) and name == "weight"
-            assert torch.equal(parameter.grad, 1e-4 * parameter.sign() * pressed)
+
+
+GAMMAS = {"trunk.0": 1, "trunk.4": 5, "trunk.8": 9}
+
+
+def half_dead():
+    """Return a network whose every second channel, of two layers, gets no gradient: its ReLU never opens."""
+    model = tiny_normed()
+    with torch.no_grad():
+        for conv, norm in ((model.trunk[0], model.trunk[1]), (model.trunk[4], model.trunk[5])):
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+            conv.weight[1::2], norm.bias[1::2] = 0, -1
+            if conv.bias is not None:
+                conv.bias.zero_()
+        model.trunk[1].weight[1], model.trunk[1].weight[3] = 2, -2
+    return model
+
+
+def test_slimming_takes_the_mean_off_gammas_that_nothing_holds_and_less_off_useful_ones(monkeypatch):
+    before = half_dead()
+    mean = torch.cat([before.trunk[norm].weight.detach() for norm in GAMMAS.values()]).abs().mean()
+    ranked, epochs = [], []
+    monkeypatch.setattr(
+        slimming, "rank_by_gamma", lambda model: ranked.append(rank_by_gamma(model)) or ranked[-1]
+    )
+    validate = FineTuner.validate
+    # The first epoch is the best, and is not what is cut.
+    monkeypatch.setattr(
+        FineTuner,
+        "validate",
+        lambda *of: validate(*of) | {"validation_auc": 1 / (epochs.append(1) or len(epochs))},
+    )
+    train("slimming", before)
+    for name in ("trunk.0", "trunk.4"):
+        whole, left = before.trunk[GAMMAS[name]].weight.detach().abs(), ranked[-1][name]
+        torch.testing.assert_close(left[1::2], (whole[1::2] - mean).clamp_min(0), atol=1e-5, rtol=0)
+        common = left[1::2][whole[1::2] == 1].max()
+        assert common < 0.05
+        assert left[::2].mean() > 0.2
+
+
+def test_slimming_presses_gammas_of_channels_that_can_go():
+    model = tiny_normed()
+    first, *others = free_groups(model)
+    gammas = find_gammas(carry_groups(model, (replace(first, protected="in use"), *others)))
+    assert [id(gamma) for gamma in gammas] == [id(model.trunk[norm].weight) for norm in (5, 9)]
+    before = copy.deepcopy(model)
+    shrink(gammas, 0.4)
+    for name, parameter in model.named_parameters():
+        was = before.get_parameter(name).detach()
+        pressed = (
+            was.sign() * (was.abs() - 0.4).clamp_min(0)
+            if name in ("trunk.5.weight", "trunk.9.weight")
+            else was
+        )
+        torch.testing.assert_close(parameter.detach(), pressed)
 
 
 def test_magnitude_is_the_l1_norm_of_filters():

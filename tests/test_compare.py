@@ -20,6 +20,7 @@ from chanscale.baselines import BASELINES
 from chanscale.cli_options import merge_config
 from chanscale.comparison import processes
 from chanscale.comparison.cells import Cell, CellSpec, digest_images, read_cell, run_cell
+from chanscale.comparison.methods import configure
 from chanscale.data import open_images
 from chanscale.data.splits import split_images
 from chanscale.errors import DataError
@@ -51,10 +52,10 @@ def compare(data, out, *arguments) -> int:
     return cli.run(["compare", str(data), "--out", str(out), *OPTIONS, "--folds=3", *arguments])
 
 
-def spec_of(data, method, **options) -> CellSpec:
-    config = merge_config(CONFIG | options, None)
+def spec_of(data, method, lr=None, **options) -> CellSpec:
+    config = configure(method, merge_config(CONFIG | options, None), seed=0, lr=lr)
     listed = digest_images(open_images(data, group_pattern=config.group_pattern))
-    return CellSpec(Cell(method, None, 0, config.seed), data, listed, 1, 0, config)
+    return CellSpec(Cell(method, None, 0, config.seed, lr), data, listed, 1, 0, config)
 
 
 def cells_of(out) -> dict[str, dict]:
@@ -93,12 +94,31 @@ def test_a_cell_of_a_baseline_keeps_all_and_says_what_it_saw(data, tiny, method)
     assert result["auc"] == mean_auc(scores, labels)
     assert len(set(test["groups"])) * 2 == len(labels) == result["images"]["test"]
     assert sum(result["images"].values()) == 48
+    assert result["lr"] == {"head": None, "full": 3e-5}[method]
     assert result["peak_memory_bytes"] > 2**26
 
 
 def test_another_budget_leaves_fewer_parameters(data, tiny):
     removed = run_cell(spec_of(data, "chanscale", budget=0.8))["parameters"]["removed"]
     assert removed >= 0.8
+
+
+def test_an_option_in_the_name_of_ours_is_that_of_its_cell(data, tiny):
+    kept = run_cell(spec_of(data, "chanscale@0.7+round_to=4"))["parameters"]["kept"]
+    assert kept == run_cell(spec_of(data, "chanscale", budget=0.7, round_to=4))["parameters"]["kept"]
+    assert kept != run_cell(spec_of(data, "chanscale"))["parameters"]["kept"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rates"), [("full", (1e-5, 3e-5, 1e-4)), ("chanscale", (3e-3, 1e-2, 3e-2))]
+)
+def test_a_try_is_trained_at_its_rate_and_the_default_is_the_middle(data, tiny, method, rates):
+    results = {lr: run_cell(spec_of(data, method, lr)) for lr in (None, *rates)}
+    assert [result["lr"] for result in results.values()] == [rates[1], *rates]
+    assert [result["cell"]["lr"] for result in results.values()] == list(results)
+    scores = [json.dumps(results[lr]["test"]["scores"]) for lr in (None, *rates)]
+    assert scores[0] == scores[2]
+    assert len(set(scores)) == 3
 
 
 def test_images_that_have_changed_are_noticed(data, tiny):
@@ -130,6 +150,9 @@ def test_help_loads_nothing_heavy():
         (["compare", "d", "--out", "grid", "--sizes", "0"], "--sizes must be whole numbers from 1"),
         (["compare", "d", "--out", "grid", "--seeds", ""], "--seeds must be whole numbers from 0"),
         (["compare", "d", "--out", "grid", "--only-folds", "5"], "--only-folds must be below 5"),
+        (["compare", "d", "--out", "grid", "--methods", "chanscale+best=1"], "chanscale+best=1: there is no option"),
+        (["compare", "d", "--out", "grid", "--tries", "0"], "Invalid value for '--tries'"),
+        (["compare", "d", "--out", "grid", "--tries", "4"], "Invalid value for '--tries'"),
         (["compare", "d", "--out", "grid", "--folds", "0"], "Invalid value for '--folds'"),
         (["compare", "d", "--out", "grid", "--backbone", "resnet1"], "must be one of"),
     ],
@@ -157,7 +180,7 @@ def test_a_grid_runs_in_processes_two_at_a_time_as_one_at_a_time_and_resumes(
 ):
     # Two at a time have half of the threads each, and sums over other numbers of threads round in another way.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    asked = ["--methods=head,chanscale", "--only-folds=1", "--sizes=10"]
+    asked = ["--methods=head,chanscale", "--only-folds=1", "--sizes=10", "--tries=1"]
     assert compare(data, tmp_path / "two", *asked, "--jobs=2") == 0
     out, err = words(capsys)
     assert len([line for line in err.splitlines() if re.match(r"\d/2 .*: AUC \d", line)]) == 2
@@ -179,6 +202,22 @@ def test_a_grid_runs_in_processes_two_at_a_time_as_one_at_a_time_and_resumes(
     assert "was begun with budget=0.5, not 0.6" in error_of(
         capsys, ["compare", data, "--out", tmp_path / "one", *OPTIONS, "--folds=3", *asked, "--budget=0.6"]
     )
+
+
+def test_a_grid_of_one_try_grows_to_three(data, tiny, tmp_path, capsys):
+    out, asked = tmp_path / "grid", ["--methods=full", "--only-folds=0", "--sizes=10"]
+    assert compare(data, out, *asked, "--tries=1") == 0
+    assert "lr" not in "".join(path.name for path in (out / "cells").iterdir())
+    written = (out / "cells" / "full-n10-f0-s0.json").stat().st_mtime_ns
+    words(capsys)
+    assert compare(data, out, *asked) == 0
+    assert "1 of 3 cells are there" in words(capsys)[1]
+    assert (out / "cells" / "full-n10-f0-s0.json").stat().st_mtime_ns == written
+    cells = cells_of(out)
+    rates = {"full-n10-f0-s0": 3e-5, "full-n10-f0-s0-lr1e-05": 1e-5, "full-n10-f0-s0-lr0.0001": 1e-4}
+    assert {name: cell["lr"] for name, cell in cells.items()} == rates
+    assert "| full | 10 | 1 | 3 |" in (out / "table.md").read_text()
+    assert all(cell["images"]["train"] == 10 >= cell["images"]["validation"] for cell in cells.values())
 
 
 def check_redrawing(out, capsys):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chanscale.comparison.folds import assign_folds, learning_and_test, order_training, split_for_cell
+from chanscale.comparison.folds import assign_folds, learning_and_test, order_images, split_for_cell
 from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.splits import split_images
 from chanscale.errors import ConfigError, SplitError
@@ -114,16 +114,37 @@ def test_a_smaller_training_set_lies_within_a_larger_and_all_else_stays(seed):
     before: set[int] = set()
     for size in (10, 25, 50, 100, None):
         sides = split(images, seed=seed, size=size)
-        assert (sides.validation, sides.test) == (whole.validation, whole.test)
+        assert sides.test == whole.test
         assert len(sides.train) == (size or len(whole.train))
         assert before < set(sides.train) <= set(whole.train)
         before = set(sides.train)
 
 
+@pytest.mark.parametrize("folds", [1, 5])
+def test_no_more_images_validate_than_train_and_fewer_lie_within_more(folds):
+    images = make_images(200)
+    whole = split(images, folds=folds).validation
+    assert 50 < len(whole) < 100
+    before: set[int] = set()
+    for size in (10, 25, 50):
+        chosen = split(images, folds=folds, size=size).validation
+        assert len(chosen) == size
+        assert list(chosen) == sorted(chosen)
+        assert before < set(chosen) < set(whole)
+        assert share_of(images, chosen) == pytest.approx(share_of(images, whole), abs=4 / size)
+        assert len(groups_of(images, chosen) & groups_of(images, set(whole) - set(chosen))) <= 1
+        before = set(chosen)
+    assert split(images, folds=folds, size=100).validation == whole
+    assert (
+        split(images, folds=folds, seed=1, size=10).validation
+        != split(images, folds=folds, size=10).validation
+    )
+
+
 @given(seed=st.integers(0, 30), positive=st.integers(2, 6))
 def test_every_prefix_is_stratified_and_cuts_one_patient_at_most(seed, positive):
     images = make_images(120, positive)
-    order = order_training(images, range(len(images)), seed=seed)
+    order = order_images(images, range(len(images)), seed=seed)
     assert sorted(order) == list(range(len(images)))
     share, largest = images.labels.mean(), 4
     for size in range(1, len(order) + 1):
@@ -141,7 +162,7 @@ def test_another_seed_draws_others():
 def test_a_patient_of_two_classes_is_drawn_once():
     records = [ImageRecord(f"{p}_{label}", label, str(p)) for p in range(9) for label in (0, 1)]
     images = ImageSet(Path("made"), ("no", "yes"), tuple(records))
-    assert sorted(order_training(images, range(18), seed=0)) == list(range(18))
+    assert sorted(order_images(images, range(18), seed=0)) == list(range(18))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +171,19 @@ def test_a_patient_of_two_classes_is_drawn_once():
 def test_a_size_that_cannot_be_drawn_says_why(size, words):
     with pytest.raises(ConfigError, match=words):
         split(make_images(), size=size)
+
+
+def test_a_size_without_an_image_to_validate_by_says_so():
+    records = [
+        replace(record, split="train" if place < 40 else ("validation", "test")[place % 2])
+        for place, record in enumerate(make_images(80, films=(1,)).records)
+    ]
+    # In validation, one in twenty is ill: of two images that stand for it, none is.
+    rare = [replace(r, label=int(i == 42)) if r.split == "validation" else r for i, r in enumerate(records)]
+    images = ImageSet(Path("made"), ("no", "yes"), tuple(rare))
+    assert len(split(images, folds=1, size=20).validation) == 20
+    with pytest.raises(ConfigError, match="--sizes 2 leaves no validation image of 'yes'; use more"):
+        split(images, folds=1, size=2)
 
 
 def test_a_method_is_given_no_test_image():

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from chanscale.comparison.cells import FORMAT, Cell, CellSpec, digest_images, read_cell, write_cell
+from chanscale.comparison.differences import Scores, paired_difference
 from chanscale.comparison.drawing import draw_grid
 from chanscale.comparison.grid import GridFolder, Plan
-from chanscale.comparison.methods import configure, find_reference, parse_methods
 from chanscale.comparison.processes import run_cells
-from chanscale.comparison.table import make_rows, to_markdown
+from chanscale.comparison.table import choose, make_rows, to_csv, to_markdown
 from chanscale.config import FitConfig
 from chanscale.errors import ArtifactError, ConfigError, SplitError
 from test_compare_folds import make_images
@@ -22,7 +22,7 @@ CONFIG = FitConfig(precision="32-true", group_pattern="^(\\d+)_")
 PLAN = Plan(("head", "chanscale"), (25, None), 3, (0, 1, 2), (0, 1), CONFIG)
 
 
-def make_result(cell: Cell, *, signal=1.0, digest="d") -> dict:
+def make_result(cell: Cell, *, signal=1.0, digest="d", validation=0.9) -> dict:
     """What a cell might come to; the same images and noise in every method."""
     rng = np.random.default_rng((cell.fold, cell.seed))
     labels = np.arange(30) % 2
@@ -31,7 +31,8 @@ def make_result(cell: Cell, *, signal=1.0, digest="d") -> dict:
     size = {"trunk": 1000, "kept": 50, "removed": 0.95}
     return {
         "format": FORMAT, "digest": digest, "cell": vars(cell), "classes": ["no", "yes"], "auc": 0.8 + 0.01 * cell.fold,
-        "accuracy": 0.75, "validation_auc": 0.9, "parameters": size, "macs": size, "seconds": 3.0,
+        "lr": cell.lr or 1e-2, "accuracy": 0.75, "validation_auc": validation, "parameters": size, "macs": size,
+        "seconds": 3.0,
         "images": {"train": cell.size or 120, "validation": 20, "test": 30}, "peak_memory_bytes": 2**30, "threads": 1,
         "versions": {"torch": "2"},
         "test": {
@@ -60,34 +61,37 @@ def test_a_grid_is_every_method_on_every_training_set():
     assert {cell.fold for cell in replace(PLAN, chosen=(2,)).cells} == {2}
 
 
-def test_methods_are_known_ones_each_once():
-    known = ("head", "full")
-    got = parse_methods(["full", "chanscale", "chanscale@0.990", "chanscale@0.99", "full"], known)
-    assert got == ("full", "chanscale", "chanscale@0.99")
-    for wrong in ("nonsense", "head@0.9", "chanscale@much", "chanscale@"):
-        with pytest.raises(ConfigError, match="--methods must be among head, full, chanscale and"):
-            parse_methods([wrong], known)
+def test_each_try_is_a_cell_of_its_own_and_more_tries_are_more_cells():
+    plan = Plan(("head", "full", "chanscale", "select-only"), (None,), 3, (0,), (0,), CONFIG)
+    names = [cell.name for cell in replace(plan, tries=3).cells]
+    assert names == [
+        "head-all-f0-s0",
+        "full-all-f0-s0", "full-all-f0-s0-lr1e-05", "full-all-f0-s0-lr0.0001",
+        "chanscale-all-f0-s0", "chanscale-all-f0-s0-lr0.003", "chanscale-all-f0-s0-lr0.03",
+        "select-only-all-f0-s0",
+    ]  # fmt: skip
+    fewer = {tries: [cell.name for cell in replace(plan, tries=tries).cells] for tries in (1, 2)}
+    assert fewer[2] == [name for name in names if not name.endswith(("lr0.0001", "lr0.03"))]
+    assert fewer[1] == [name for name in names if "lr" not in name]
 
 
-def test_ours_has_the_budget_in_its_name_and_every_cell_its_seed():
-    assert configure("chanscale@0.99", CONFIG, seed=3) == CONFIG.model_copy(
-        update={"budget": 0.99, "seed": 3}
-    )
-    assert configure("head", CONFIG, seed=3) == CONFIG.model_copy(update={"seed": 3})
-    with pytest.raises(ConfigError, match="budget: Input should be less than 1"):
-        configure("chanscale@2", CONFIG, seed=0)
+def test_the_learning_rate_of_a_try_is_that_of_its_config_and_in_its_digest():
+    plan = replace(PLAN, methods=("full", "chanscale+refine_lr=0.05"), sizes=(None,), tries=3)
+    specs = plan.specs(Path("data"), make_images(), "32-true")[:6]
+    assert [spec.cell.lr for spec in specs] == [None, 1e-5, 1e-4, None, 0.015, 0.15]
+    assert [spec.config.refine_lr for spec in specs] == [0.01] * 3 + [0.05, 0.015, 0.15]
+    assert len({spec.digest for spec in specs}) == 6
+    assert all(read_again(spec) == spec for spec in specs)
 
 
-def test_others_are_compared_with_ours_at_the_common_budget():
-    assert find_reference(["head", "chanscale@0.99", "chanscale"]) == "chanscale"
-    assert find_reference(["head", "chanscale@0.99"]) == "chanscale@0.99"
-    assert find_reference(["head"]) is None
+def read_again(spec):
+    return CellSpec.from_json(spec.to_json())
 
 
 def test_a_spec_goes_through_a_pipe():
     images = make_images()
     for spec in PLAN.specs(Path("data"), images, "32-true"):
-        again = CellSpec.from_json(spec.to_json())
+        again = read_again(spec)
         assert again == spec
         assert again.digest == spec.digest
 
@@ -112,9 +116,13 @@ def test_the_digest_of_images_does_not_follow_their_order():
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
-    [({"sizes": (1000,)}, ConfigError, "use all"), ({"folds": 60, "chosen": (0,)}, SplitError, "too few for")],
-)  # fmt: skip
-def test_what_cannot_be_split_is_said_before_any_cell_runs(change, error, words):
+    [
+        ({"sizes": (1000,)}, ConfigError, "use all"),
+        ({"folds": 60, "chosen": (0,)}, SplitError, "too few for"),
+        ({"tries": 3, "config": FitConfig(refine_lr=5)}, ConfigError, "chanscale: refine_lr: .* equal to 10"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_any_cell_runs(change, error, words):
     with pytest.raises(error, match=words):
         replace(PLAN, **change).specs(Path("data"), make_images(), "32-true")
 
@@ -251,7 +259,8 @@ def test_a_whole_grid_is_drawn(folder):
         "cells", "grid.json", "table.md", "cells.csv", "accuracy_size.png", "small_data.png",
     }  # fmt: skip
     table = (folder.out / "table.md").read_text()
-    assert "| head | 25 | 6 | 0.810 [0.801, 0.819] | +0." in table
+    assert "| head | 25 | 6 | 1 | 0.810 [0.801, 0.819] | +0." in table
+    assert "chosen on n validation images at most" in table
     assert "missing" not in table
     listed = list(csv.DictReader((folder.out / "cells.csv").read_text().splitlines()))
     assert len(listed) == 24
@@ -291,7 +300,86 @@ def test_a_damaged_cell_is_left_out_and_named(folder):
 def test_a_figure_that_is_not_defined_is_left_empty():
     result = make_result(Cell("head", None, 0, 0)) | {"auc": None}
     text = to_markdown(make_rows([json.loads(json.dumps(result))], ["head"]), missing=0)
-    assert "| head | all | 1 |  |  | 0.750 |" in text
+    assert "| head | all | 1 | 1 |  |  | 0.750 |" in text
+    assert "validation images at most" not in text
+
+
+# --- tries
+
+
+def draw_tries(*validations, fold=0, method="full"):
+    """Return the results of tries, the default first, each with its own AUC and time."""
+    cells = [Cell(method, None, fold, 0, lr) for lr in (None, 1e-3, 1e-1)]
+    results = [make_result(cell, validation=value) for cell, value in zip(cells, validations, strict=False)]
+    return [result | {"auc": 0.5 + i / 10, "seconds": i} for i, result in enumerate(results)]
+
+
+@pytest.mark.parametrize(
+    ("validations", "best"),
+    [
+        ((0.9, 0.8, 0.7), 0), ((0.7, 0.9, 0.8), 1), ((0.7, 0.8, 0.9), 2), ((0.9, 0.9, 0.9), 1), ((0.9, 0.7, 0.9), 0),
+        ((None, None, 0.1), 2), ((None, 0.2, None), 1), ((None, None, None), 1),
+    ],
+)  # fmt: skip
+def test_the_try_with_the_best_validation_counts_and_of_equals_the_lowest_rate(validations, best):
+    tries = draw_tries(*validations)
+    for order in (tries, tries[::-1]):
+        (row,) = make_rows(order, ["full"])
+        assert row.results == (tries[best],)
+        assert (row.auc.value, row.mean("seconds")) == (tries[best]["auc"], best)
+        listed = {r["lr"]: r["chosen"] for r in csv.DictReader(to_csv(order).splitlines())}
+        assert listed == {str(r["lr"]): str(r is tries[best]) for r in tries}
+
+
+@pytest.mark.parametrize("validations", [(0.7, 0.9, 0.8), (0.9, 0.9, 0.9)])
+def test_no_test_figure_chooses_a_try(validations):
+    tries = draw_tries(*validations)
+    before = choose(tries)["cell"]
+    for values in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), (0.2, 0.1, 0.3), (0.2, 0.3, 0.1)):
+        for result, value in zip(tries, values, strict=True):
+            result |= {"auc": value, "accuracy": value}
+            result["test"]["scores"] = [[no, yes] for yes, no in result["test"]["scores"]]
+        assert choose(tries)["cell"] == before
+    assert choose([{k: r[k] for k in ("cell", "lr", "validation_auc")} for r in tries])["cell"] == before
+
+
+def test_each_fold_chooses_for_itself_and_a_difference_counts_chosen_tries():
+    tries = draw_tries(0.7, 0.9, 0.8) + draw_tries(0.9, 0.7, fold=1)
+    ours = [make_result(Cell("chanscale", None, fold, 0, lr), signal=signal, validation=signal)
+            for fold in (0, 1) for lr, signal in ((None, 0.2), (1e-3, 0.6))]  # fmt: skip
+    row, reference = make_rows([*tries, *ours], ["full", "chanscale"])
+    assert [result["auc"] for result in row.results] == [0.6, 0.5]
+    assert (row.tries, reference.tries) == ((2, 3), (2, 2))
+    assert [row.to_cells()[3], reference.to_cells()[3]] == ["2-3", "2"]
+    wanted = paired_difference(
+        [(Scores.of(ours[1]), Scores.of(tries[1])), (Scores.of(ours[3]), Scores.of(tries[3]))]
+    )
+    assert row.difference == wanted
+    assert row.difference.value < 0
+    assert len(to_csv([*tries, *ours]).splitlines()) == 1 + 9
+
+
+def test_tries_are_drawn_from_their_files(folder):
+    for lr, validation in ((None, 0.7), (1e-3, 0.8), (1e-1, 0.6)):
+        write_cell(folder.cells, make_result(Cell("full", None, 0, 0, lr), validation=validation))
+    (row,), damaged = draw_grid(folder)
+    assert damaged == []
+    assert [result["cell"]["lr"] for result in row.results] == [1e-3]
+    assert "| full | all | 1 | 3 |" in (folder.out / "table.md").read_text()
+    listed = list(csv.DictReader((folder.out / "cells.csv").read_text().splitlines()))
+    assert {row["lr"]: row["chosen"] for row in listed} == {"0.01": "False", "0.001": "True", "0.1": "False"}
+
+
+def test_a_cell_from_before_there_were_tries_is_the_default(folder):
+    cell = PLAN.cells[0]
+    old = make_result(cell)
+    del old["lr"]
+    old["cell"] = {name: value for name, value in old["cell"].items() if name != "lr"}
+    path = folder.cells / f"{cell.name}.json"
+    path.write_text(json.dumps(old))
+    assert read_cell(path) == old
+    (row,), damaged = draw_grid(folder)
+    assert (row.results, row.tries, damaged) == ((old,), (1, 1), [])
 
 
 def test_cells_of_other_test_images_are_not_compared():

@@ -114,6 +114,7 @@ def test_resumed_equals_undisturbed(undisturbed, epoch, tmp_path):
         {"penalty": "gradient"},
         {"concavity": 0},
         {"threshold": 0.05},
+        {"early_removal": False},
     ],
     ids=str,
 )
@@ -142,6 +143,16 @@ def test_at_threshold_0_every_removal_is_exact(undisturbed):
     changes = [row["removal_change"] for row in state.history if row["removal_change"] is not None]
     assert changes
     assert max(changes) < ROUNDING
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_without_early_removal_all_channels_leave_at_once_when_the_phase_ends(early):
+    _, state = run(tiny_config(scale_epochs=4, round_to=1, concavity=8, early_removal=early))
+    *before, last = [row for row in state.history if row["phase"] == "scale"]
+    assert any(row["widths"] != WIDTHS for row in before) == early
+    assert any(row["removal_change"] is not None for row in before) == early
+    assert last["parameters_removed"] >= tiny_config().budget
+    assert last["removal_change"] < ROUNDING
 
 
 def test_the_best_epoch_is_one_that_meets_the_budget(undisturbed):

@@ -32,7 +32,10 @@ def compare(
         Path | None, typer.Argument(metavar="DATA", help="Images, as for fit; not needed with --table.")
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Baselines, chanscale, and chanscale@BUDGET for ours at another budget.")
+        str,
+        typer.Option(
+            help="Baselines, chanscale, and ours with options of its own: chanscale@BUDGET+OPTION=VALUE."
+        ),
     ] = "head,full,chanscale",
     folds: Annotated[
         int,
@@ -43,9 +46,18 @@ def compare(
     only_folds: Annotated[str | None, typer.Option(help="Run these folds alone, e.g. 0,1.")] = None,
     sizes: Annotated[
         str,
-        typer.Option(help="Numbers of training images, e.g. 25,50,100,all; a smaller set lies in a larger."),
+        typer.Option(
+            help="Numbers of training images, e.g. 25,50,100,all, and the most that validate; a smaller set lies in a "
+            "larger."
+        ),
     ] = "all",
     seeds: Annotated[str, typer.Option(help="Seeds of the cells, e.g. 0,1,2; --seed fixes the folds.")] = "0",
+    tries: Annotated[
+        int,
+        typer.Option(
+            min=1, max=3, help="Learning rates of each method, a cell each; the best by validation counts."
+        ),
+    ] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores.")] = 1,
     table: Annotated[
         bool, typer.Option("--table", help="Run nothing; draw the table from the cells that are there.")
@@ -74,7 +86,7 @@ def compare(
             )
         require_outside(data, out_folder)
         config = merge_config(given, config_file)
-        plan = _make_plan(methods, sizes, folds, only_folds, seeds, config)
+        plan = _make_plan(methods, sizes, folds, only_folds, seeds, tries, config)
         failed = _run_missing(plan, data, folder, jobs=jobs)
     _draw(folder, failed)
     if failed:
@@ -82,7 +94,13 @@ def compare(
 
 
 def _make_plan(
-    methods: str, sizes: str, folds: int, only_folds: str | None, seeds: str, config: FitConfig
+    methods: str,
+    sizes: str,
+    folds: int,
+    only_folds: str | None,
+    seeds: str,
+    tries: int,
+    config: FitConfig,
 ) -> "Plan":
     from chanscale.baselines import BASELINES
     from chanscale.comparison.grid import Plan
@@ -96,7 +114,7 @@ def _make_plan(
         raise ConfigError(f"--only-folds must be below {folds}, the number of --folds. Got {max(chosen)}.")
     return Plan(
         parse_methods(names, BASELINES), _read_sizes(sizes), folds, chosen,
-        _read_numbers("seeds", seeds), config,
+        _read_numbers("seeds", seeds), config, tries,
     )  # fmt: skip
 
 

@@ -119,6 +119,11 @@ class FitConfig(BaseModel):
     )
     scale_epochs: int = Field(8, ge=1, description="Epochs in which the scales shrink to the budget.")
     refine_epochs: int = Field(12, ge=0, description="Epochs without the penalty, after the last removal.")
+    early_removal: bool = Field(
+        True,
+        description="Remove channels at the end of the epoch in which they reach the threshold; else all at once, when "
+        "the scaling phase ends.",
+    )
     anchor: float = Field(
         0.25,
         ge=0,

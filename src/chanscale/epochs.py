@@ -99,7 +99,12 @@ class EpochRunner(Learner):
         return Pace(moment.budget, batches - moment.index * len(self.train) - done, batches)
 
     def _remove(self, state: TrainingState, moment: Moment) -> float | None:
-        """Remove what reached the threshold; at the end of the phase, down to the budget. Return the change."""
+        """Remove what reached the threshold; at the end of the phase, down to the budget. Return the change.
+
+        Without `early_removal`, the end of the phase is all there is.
+        """
+        if not (moment.ends_phase or self.config.early_removal):
+            return None
         scales = GroupScales(state.model)
         selection = (
             self.penalty.select_within(scales, moment.budget)[0]

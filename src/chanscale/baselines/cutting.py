@@ -1,12 +1,12 @@
 """Which channels the budget leaves, and methods that remove them in one shot between two times of fine-tuning."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from chanscale.baselines.fine_tuning import FineTuner, Press, Trained, all_epochs, trunk_part
+from chanscale.baselines.fine_tuning import FineTuner, Trained, all_epochs, trunk_part
 from chanscale.channels import carry_groups
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
@@ -26,6 +26,9 @@ Importance = dict[str, Tensor]
 """What each channel is worth, shape (width,), by the group's name."""
 
 Rank = Callable[[Classifier, FineTuner], Importance]
+
+Tune = Callable[[FineTuner, Classifier, Sequence[Moment], float], Trained]
+"""Trains a model at a learning rate, in place; returns the epoch that is to be cut, and a row for each."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,20 @@ def find_our_channels(
     return shorter, ChannelSelection(fit(shorter, data, splits, at_budget, watcher=watcher).kept)
 
 
+def tune_all(tuner: FineTuner, model: Classifier, moments: Sequence[Moment], lr: float) -> Trained:
+    """Fine-tune all of `model`, in place; return a copy at the best epoch, and a row for each."""
+    return tuner.tune(model, moments, [trunk_part(model, lr)])
+
+
 def tune_cut_tune(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher,
-    *, rank: Rank, lr: float, press: Press | None = None,
+    *, rank: Rank, lr: float, tune: Tune = tune_all,
 ) -> Trained:  # fmt: skip
-    """Fine-tune all of a copy of `model`, cut it to the budget by what `rank` says, and fine-tune it again.
+    """Fine-tune a copy of `model` with `tune`, cut it to the budget by what `rank` says, and fine-tune all of it.
 
-    One shot: `scale_epochs`, then `refine_epochs`, each with a cosine of its own. What is cut is the best epoch of
-    the first, what is returned that of the second. The removal is exact for none of the channels, since none of them
-    is 0: the head is fitted anew, and the second time has to make up for the rest.
+    One shot: `scale_epochs`, then `refine_epochs`, each with a cosine of its own. What is cut is the epoch that
+    `tune` returns, what is returned the best of those behind it. The removal is not exact, since what is removed is
+    not 0: the head is fitted anew, and the second time has to make up for the rest.
     """
     later = later_epochs(config)
     model = know_groups(model, data, splits)
@@ -101,10 +109,9 @@ def tune_cut_tune(
     tuner = FineTuner(model, data, splits, config, watcher)
     whole = tuner.copy(model)
     first = [moment for moment in all_epochs(config) if moment.phase == "scale"]
-    tuned, before = tuner.tune(whole, first, [trunk_part(whole, lr)], press=press)
+    tuned, before = tune(tuner, whole, first, lr)
     selection = target.select(rank(tuned, tuner))
-    pruned = prune_channels(tuned, selection)
-    best, after = tuner.tune(pruned, later, [trunk_part(pruned, lr)])
+    best, after = tune_all(tuner, prune_channels(tuned, selection), later, lr)
     return best, [
         *({**row, "parameters_removed": 0.0, "chosen": False} for row in before),
         *({**row, "parameters_removed": target.removed(selection)} for row in after),

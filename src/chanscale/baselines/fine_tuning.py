@@ -27,8 +27,8 @@ History = list[dict[str, Any]]
 
 Trained = tuple[Classifier, History]
 
-Press = Callable[[Classifier], None]
-"""Adds the gradients of a penalty to those of a batch."""
+Press = Callable[[float], None]
+"""Acts on weights behind each step; what it is given is the factor on the learning rates of that step."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class FineTuner(Learner):
     ) -> Trained:  # fmt: skip
         """Train `parts` of `model` and its head, in place; return a copy at the best epoch, and a row for each.
 
-        It starts from the linear head, as `fit` does, and follows a cosine (AdamW). `still`: norms that stay in
-        eval. All other weights of `model` are frozen.
+        `model` itself is then at its last epoch. It starts from the linear head, as `fit` does, and follows a cosine
+        (AdamW). `still`: norms that stay in eval. All other weights of `model` are frozen.
         """
         fit_probe(model, self.data, self.indices, batch_size=self.config.micro_batch)
         optimizer = self._make_optimizer(model, parts)
@@ -110,13 +110,14 @@ class FineTuner(Learner):
         """Return the mean loss of an epoch that begins at a share `start` of the way, and is `length` of it."""
         losses = []
         for done, batch in enumerate(self.start_epoch(moment.epoch)):
+            factor = cosine(start + length * done / len(self.train))
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * cosine(start + length * done / len(self.train))
+                group["lr"] = group["initial_lr"] * factor
             losses.append(self.backward(model, batch, moment.epoch, done))
-            if press:
-                press(model)
             optimizer.step()
             optimizer.zero_grad()
+            if press:
+                press(factor)
             self.watcher.on_batch(moment, done + 1, len(self.train), losses[-1])
         return sum(losses) / len(losses)
 

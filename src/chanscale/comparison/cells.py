@@ -9,9 +9,10 @@ from time import perf_counter
 from typing import Any, Self
 
 from chanscale.baselines import BASELINES
+from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
 from chanscale.comparison.folds import learning_and_test, split_for_cell
-from chanscale.comparison.methods import is_ours
+from chanscale.comparison.methods import is_ours, learning_rates
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
@@ -33,24 +34,30 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the grid; `size` None: all training images."""
+    """A place in the grid. `size` None: all training images; `lr` None: the default learning rate of the method.
+
+    Cells that differ in `lr` alone are tries, one of which counts.
+    """
 
     method: str
     size: int | None
     fold: int
     seed: int
+    lr: float | None = None
 
     @property
     def name(self) -> str:
         """The name of its file, without the suffix."""
-        return f"{self.method}-{'all' if self.size is None else f'n{self.size}'}-f{self.fold}-s{self.seed}"
+        size = "all" if self.size is None else f"n{self.size}"
+        rate = "" if self.lr is None else f"-lr{self.lr:g}"
+        return f"{self.method}-{size}-f{self.fold}-s{self.seed}{rate}"
 
 
 @dataclass(frozen=True)
 class CellSpec:
     """All that a process, here or elsewhere, has to know to run a cell.
 
-    `images`: digest of the list of images. `config`: that of this cell, with its seed and its budget.
+    `images`: digest of the list of images. `config`: that of this cell, with its seed and the options of its method.
     """
 
     cell: Cell
@@ -101,7 +108,8 @@ class _Trained:
 def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     """Train one method on one training set, judge it on its test images, and return what came of it.
 
-    The method is not given the test images. `seconds`: from files to a trained classifier. Raises ChanscaleError.
+    The method is not given the test images. `lr`: the learning rate it had, if it has one. `seconds`: from files to a
+    trained classifier. Raises ChanscaleError.
     """
     watcher = watcher or Watcher()
     images = open_path(spec.data, spec.config)
@@ -117,6 +125,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     seen, unseen = load_images(learning, config, watcher), load_images(test, config, watcher)
     return {
         "format": FORMAT, "digest": spec.digest, "cell": asdict(spec.cell), "classes": list(images.classes),
+        "lr": _learning_rate(spec),
         **_judge(trained.model, unseen), "validation_auc": _validation_auc(trained.model, seen),
         "parameters": _describe_change(trained.trunk[0], trained.kept[0]),
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
@@ -169,6 +178,11 @@ def cell_path(folder: Path, cell: Cell, suffix: str = ".json") -> Path:
     return folder / f"{cell.name}{suffix}"
 
 
+def _learning_rate(spec: CellSpec) -> float | None:
+    rates = learning_rates(spec.cell.method, spec.config)
+    return spec.cell.lr or (middle(rates) if rates else None)
+
+
 def _train_ours(_: CellSpec, images: ImageSet, config: FitConfig, watcher: Watcher) -> _Trained:
     run = scale_and_select(config.backbone, images, config=config, watcher=watcher)
     sizes = run.metrics["parameters"], run.metrics["macs"]
@@ -182,7 +196,8 @@ def _train_baseline(spec: CellSpec, images: ImageSet, config: FitConfig, watcher
     splits = split_images(decoded.images, validation=config.validation, test=0, seed=config.seed)
     _, classifier = open_classifier(config.backbone, decoded, splits, config, watcher)
     before = _sizes(classifier, decoded)
-    model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher)
+    rate = {} if spec.cell.lr is None else {"lr": spec.cell.lr}
+    model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher, **rate)
     machine = describe_machine()
     machine.pop("notice")
     return _Trained(model.eval(), before, _sizes(model, decoded), machine)

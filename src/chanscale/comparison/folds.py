@@ -24,11 +24,12 @@ def split_for_cell(
     validation: float,
     test: float,
 ) -> Splits:
-    """Return the sides of one cell; those of all methods, and of all sizes but for training, are the same.
+    """Return the sides of one cell; those of all methods are the same, and the test images of all sizes.
 
     Fold `fold` of `folds` is test; of the rest, the share `validation` chooses the epoch, drawn by `seed`; `size`
-    images of the others train (None: all), drawn by `seed`. With one fold, the sides are those that `fit` has with
-    this seed. Raises SplitError, ConfigError.
+    images of the others train (None: all), drawn by `seed`, and at most as many validate: who has 25 images to train
+    on has no 100 to choose by. With one fold, the sides are those that `fit` has with this seed. Raises SplitError,
+    ConfigError.
     """
     if folds == 1:
         splits = split_images(images, validation=validation, test=test, seed=seed)
@@ -38,7 +39,17 @@ def split_for_cell(
         )
     if not splits.test:
         raise ConfigError("a comparison needs test images; use a --test above 0, or more --folds")
-    return splits if size is None else replace(splits, train=_draw(images, splits.train, size, seed))
+    if size is None:
+        return splits
+    if size > len(splits.train):
+        raise ConfigError(
+            f"--sizes {size} is more than the {len(splits.train)} training images there are; use all"
+        )
+    return replace(
+        splits,
+        train=_draw(images, splits.train, "training", size, seed),
+        validation=_draw(images, splits.validation, "validation", size, seed),
+    )
 
 
 def assign_folds(images: ImageSet, *, folds: int, seed: int) -> NDArray[np.intp]:
@@ -68,7 +79,7 @@ def assign_folds(images: ImageSet, *, folds: int, seed: int) -> NDArray[np.intp]
     return assigned
 
 
-def order_training(images: ImageSet, indices: Sequence[int], *, seed: int) -> list[int]:
+def order_images(images: ImageSet, indices: Sequence[int], *, seed: int) -> list[int]:
     """Return `indices` in an order in which the first n, for any n, are a stratified sample of groups.
 
     The next group is always one of the class that lags most behind its share; which one, `seed` decides. A sample
@@ -115,12 +126,11 @@ def _leave_fold_out(images: ImageSet, test: NDArray[np.bool_], validation: float
     )
 
 
-def _draw(images: ImageSet, train: Sequence[int], size: int, seed: int) -> tuple[int, ...]:
-    if size > len(train):
-        raise ConfigError(f"--sizes {size} is more than the {len(train)} training images there are; use all")
-    chosen = sorted(order_training(images, train, seed=seed)[:size])
+def _draw(images: ImageSet, indices: Sequence[int], side: str, size: int, seed: int) -> tuple[int, ...]:
+    """Return at most `size` of the images of a side, those of a smaller size among them."""
+    chosen = sorted(order_images(images, indices, seed=seed)[:size])
     if absent := set(range(len(images.classes))) - set(images.labels[chosen].tolist()):
         raise ConfigError(
-            f"--sizes {size} leaves no training image of {images.classes[min(absent)]!r}; use more"
+            f"--sizes {size} leaves no {side} image of {images.classes[min(absent)]!r}; use more"
         )
     return tuple(chosen)

@@ -20,7 +20,7 @@ from chanscale.comparison.cells import (
     read_cell,
     split_spec,
 )
-from chanscale.comparison.methods import configure
+from chanscale.comparison.methods import configure, find_tries
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
@@ -33,10 +33,10 @@ FORMAT = "chanscale-grid/1"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a grid is to hold: every method on every size, fold and seed.
+    """What a grid is to hold: every method on every size, fold and seed, at each learning rate that it tries.
 
     `sizes`: numbers of training images, None for all. `chosen`: which of the folds are run. `config.seed` fixes the
-    folds; `seeds` are those of the cells.
+    folds; `seeds` are those of the cells. `tries`: learning rates of a method, from 1 to 3.
     """
 
     methods: tuple[str, ...]
@@ -45,12 +45,16 @@ class Plan:
     chosen: tuple[int, ...]
     seeds: tuple[int, ...]
     config: FitConfig
+    tries: int = 1
 
     @property
     def cells(self) -> list[Cell]:
         """Every cell; all methods of one training set in a row, so that half a grid compares them."""
+        rates = {method: find_tries(method, self.config, self.tries) for method in self.methods}
         places = product(self.seeds, self.chosen, self.sizes, self.methods)
-        return [Cell(method, size, fold, seed) for seed, fold, size, method in places]
+        return [
+            Cell(method, size, fold, seed, lr) for seed, fold, size, method in places for lr in rates[method]
+        ]
 
     def specs(self, data: Path, images: ImageSet, precision: FixedPrecision) -> list[CellSpec]:
         """Return what each cell needs to run, on images that can be split so. Raises SplitError, ConfigError."""
@@ -59,11 +63,11 @@ class Plan:
         specs = [
             CellSpec(
                 cell, data.absolute(), listed, self.folds, config.seed,
-                configure(cell.method, config, seed=cell.seed),
+                configure(cell.method, config, seed=cell.seed, lr=cell.lr),
             )
             for cell in self.cells
         ]  # fmt: skip
-        for spec in {replace(spec.cell, method=""): spec for spec in specs}.values():
+        for spec in {replace(spec.cell, method="", lr=None): spec for spec in specs}.values():
             split_spec(images, spec)  # says now what would otherwise end every cell
         return specs
 

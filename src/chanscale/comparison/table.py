@@ -17,18 +17,22 @@ from chanscale.wording import percent, shorten
 
 Result = Mapping[str, Any]
 COLUMNS = (
-    "method", "images", "cells", "test AUC", "ours less it", "accuracy", "parameters kept", "removed", "MACs",
-    "seconds", "peak GiB",
+    "method", "images", "cells", "tries", "test AUC", "ours less it", "accuracy", "parameters kept", "removed",
+    "MACs", "seconds", "peak GiB",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours."""
+    """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours.
+
+    `results`: those chosen, one of each fold and seed. `tries`: of how many, the least and the most.
+    """
 
     method: str
     size: int | None
     results: tuple[Result, ...]
+    tries: tuple[int, int]
     auc: Estimate
     difference: Estimate | None
 
@@ -38,8 +42,10 @@ class Row:
 
     def to_cells(self) -> tuple[str, ...]:
         """Return the row in words, a text for each of `COLUMNS`."""
+        least, most = self.tries
         return (
             self.method, "all" if self.size is None else str(self.size), str(len(self.results)),
+            str(most) if least == most else f"{least}-{most}",
             _describe(self.auc), "" if self.difference is None else _describe(self.difference, "+.3f"),
             f"{self.mean('accuracy'):.3f}", shorten(self.mean("parameters", "kept")),
             percent(self.mean("parameters", "removed")), shorten(self.mean("macs", "kept")),
@@ -55,12 +61,22 @@ def find(result: Result, *path: str) -> float:
     return math.nan if value is None else float(value)
 
 
+def choose(tries: Iterable[Result]) -> Result:
+    """Return the try with the best validation AUC; of several, that with the lowest learning rate.
+
+    No figure of a test image has a say.
+    """
+    return min(tries, key=_rank)
+
+
 def make_rows(results: Iterable[Result], methods: Sequence[str]) -> list[Row]:
-    """Return a row for each method, in the order of `methods`, on each size; a difference counts common cells."""
-    found: dict[tuple[int | None, str], dict[tuple[int, int], Result]] = {}
-    for result in results:
-        cell = result["cell"]
-        found.setdefault((cell["size"], cell["method"]), {})[cell["fold"], cell["seed"]] = result
+    """Return a row for each method, in the order of `methods`, on each size; a difference counts common cells.
+
+    Of the cells that differ in their learning rate alone, the one to `choose` counts.
+    """
+    found: dict[tuple[int | None, str], dict[tuple[int, int], list[Result]]] = {}
+    for (method, size, fold, seed), tries in _gather(results).items():
+        found.setdefault((size, method), {})[fold, seed] = tries
     present = {method for _, method in found}
     order = [method for method in dict.fromkeys([*methods, *sorted(present)]) if method in present]
     reference = find_reference(order)
@@ -84,7 +100,9 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     notes = [
         "Means over cells. In brackets, 95 %: behind the AUC a t interval over cells, whose training images overlap, "
         "which makes it somewhat narrow.",
-        "Seconds: from files to a trained classifier.",
+        "Tries: cells that differ in the learning rate alone; of these, the one with the best validation AUC counts. "
+        "1-3: some have fewer.",
+        "Seconds: of the chosen training, from files to a trained classifier.",
     ]
     if reference and len({row.method for row in rows}) > 1:
         notes.insert(
@@ -92,14 +110,17 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
             f"Ours less it: AUC of {reference} less that of the method, on the cells that both have; paired bootstrap "
             "over the test images, by patient where known. It knows of other patients, not of other trainings.",
         )
+    if any(row.size for row in rows):
+        notes.append("Of n training images: epochs and tries are chosen on n validation images at most.")
     if missing:
         notes.append(f"**{missing} cells are missing.**")
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *notes]) + "\n"
 
 
 def to_csv(results: Iterable[Result]) -> str:
-    """Return a CSV table with a row for each cell, without its scores."""
-    rows = [_flatten(result) for result in results]
+    """Return a CSV table with a row for each cell, without its scores; `chosen`: whether it counts in the table."""
+    chosen = [(choose(tries), tries) for tries in _gather(results).values()]
+    rows = [_flatten(result, chosen=result is best) for best, tries in chosen for result in tries]
     text = io.StringIO()
     writer = csv.DictWriter(
         text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
@@ -109,19 +130,34 @@ def to_csv(results: Iterable[Result]) -> str:
     return text.getvalue()
 
 
+def _gather(results: Iterable[Result]) -> dict[tuple[str, int | None, int, int], list[Result]]:
+    """Return the tries of each method on each size, fold and seed."""
+    tries: dict[tuple[str, int | None, int, int], list[Result]] = {}
+    for result in results:
+        cell = result["cell"]
+        tries.setdefault((cell["method"], cell["size"], cell["fold"], cell["seed"]), []).append(result)
+    return tries
+
+
+def _rank(result: Result) -> tuple[float, float]:
+    auc = find(result, "validation_auc")
+    return math.inf if math.isnan(auc) else -auc, result.get("lr") or 0.0
+
+
 def _make_row(
     method: str,
     size: int | None,
-    own: Mapping[Any, Result],
-    ours: Mapping[Any, Result] | None,
+    own: Mapping[Any, Sequence[Result]],
+    ours: Mapping[Any, Sequence[Result]] | None,
     reference: str | None,
 ) -> Row:
-    difference = None
+    chosen, difference = {key: choose(tries) for key, tries in own.items()}, None
     if method != reference:
         common = sorted(own.keys() & (ours or {}).keys())
-        difference = paired_difference([_pair((ours or {})[key], own[key]) for key in common])
-    auc = mean_interval([find(result, "auc") for result in own.values()])
-    return Row(method, size, tuple(own.values()), auc, difference)
+        difference = paired_difference([_pair(choose((ours or {})[key]), chosen[key]) for key in common])
+    counts = [len(tries) for tries in own.values()]
+    auc = mean_interval([find(result, "auc") for result in chosen.values()])
+    return Row(method, size, tuple(chosen.values()), (min(counts), max(counts)), auc, difference)
 
 
 def _pair(ours: Result, other: Result) -> tuple[Scores, Scores]:
@@ -143,7 +179,7 @@ def _describe(figure: Estimate, form: str = ".3f") -> str:
     )
 
 
-def _flatten(result: Result) -> dict[str, Any]:
+def _flatten(result: Result, *, chosen: bool) -> dict[str, Any]:
     cell: dict[str, Any] = result["cell"]
     parts = {
         f"{name}_{key}": value
@@ -151,5 +187,5 @@ def _flatten(result: Result) -> dict[str, Any]:
         for key, value in result[name].items()
     }
     plain = {name: value for name, value in result.items() if not isinstance(value, Mapping | list)}
-    where = cell | {"size": "all" if cell["size"] is None else cell["size"]}
+    where = cell | {"size": "all" if cell["size"] is None else cell["size"], "chosen": chosen}
     return where | plain | parts | {f"version_{name}": value for name, value in result["versions"].items()}
