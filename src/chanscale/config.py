@@ -117,8 +117,8 @@ class FitConfig(BaseModel):
         description="Channels whose scale is at most this are removed. Default: 0 with the proximal penalty, so that "
         "every removal is exact; 0.01 with the gradient, which never reaches 0.",
     )
-    scale_epochs: int = Field(8, ge=1, description="Epochs in which the scales shrink to the budget.")
-    refine_epochs: int = Field(12, ge=0, description="Epochs without the penalty, after the last removal.")
+    scale_epochs: int = Field(5, ge=1, description="Epochs in which the scales shrink to the budget.")
+    refine_epochs: int = Field(5, ge=0, description="Epochs without the penalty, after the last removal.")
     early_removal: bool = Field(
         True,
         description="Remove channels at the end of the epoch in which they reach the threshold; else all at once, when "
