@@ -1,4 +1,4 @@
-"""The process of a cell, on the tiny backbone, with two methods that fail and one that takes long."""
+"""Processes of cells, on the tiny backbone, with two methods that fail and one that takes long."""
 
 import os
 import signal
@@ -27,7 +27,20 @@ def take_long(*_):
 
 METHODS = {"broken": break_down, "killed": be_killed, "endless": take_long}
 
+
+def register(setitem=dict.__setitem__, setattribute=setattr) -> None:
+    """Make all of it known, with pytest's monkeypatch or for the whole process."""
+    tiny_backbone.register(setitem, setattribute)
+    for name, method in METHODS.items():
+        setitem(BASELINES, name, method)
+
+
+def register_healed() -> None:
+    """The same, with a method that kills no more."""
+    register()
+    BASELINES["killed"] = BASELINES["head"]
+
+
 if __name__ == "__main__":
-    tiny_backbone.register()
-    BASELINES.update(METHODS)
+    register()
     cell_process.main()

@@ -1,7 +1,8 @@
 """The command that compares ways to use a pretrained network; `cli` adds it to the others."""
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,21 @@ from chanscale.wording import percent
 if TYPE_CHECKING:
     from chanscale.comparison.cells import CellSpec
     from chanscale.comparison.grid import GridFolder, Plan
+    from chanscale.comparison.processes import CellProcesses
+    from chanscale.comparison.ray_cells import RayCells
 
 FAILED_CELLS = 1
 SHOWN = ("method", "images", "cells", "test AUC", "ours less it", "removed", "seconds")
 """The columns of the table that a terminal has room for."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where cells run: how many at a time, on which Ray, and on how many CPUs of it."""
+
+    jobs: int | None
+    ray: str | None
+    ray_cpus: int | None
 
 
 @with_config_options
@@ -58,7 +70,23 @@ def compare(
             min=1, max=3, help="Learning rates of each method, a cell each; the best by validation counts."
         ),
     ] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cells at a time, which share the cores; 1, or all that a cluster has room for."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run the cells on Ray: local (here), auto, host:port or ray://host:port. "
+            "The images must lie at the same path on each node.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs, and so threads, of each cell on Ray; 1 on a cluster.")
+    ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Run nothing; draw the table from the cells that are there.")
     ] = False,
@@ -85,9 +113,13 @@ def compare(
                 "name the images, DATA; or draw the table of cells that are there, with --table"
             )
         require_outside(data, out_folder)
+        if ray == "":
+            raise ConfigError("--ray must be local, auto, host:port or ray://host:port. Got ''.")
+        if ray_cpus and ray is None:
+            raise ConfigError("--ray-cpus is for cells on Ray: name one with --ray, or leave it out")
         config = merge_config(given, config_file)
         plan = _make_plan(methods, sizes, folds, only_folds, seeds, tries, config)
-        failed = _run_missing(plan, data, folder, jobs=jobs)
+        failed = _run_missing(plan, data, folder, _Place(jobs, ray, ray_cpus))
     _draw(folder, failed)
     if failed:
         raise typer.Exit(FAILED_CELLS)
@@ -118,7 +150,7 @@ def _make_plan(
     )  # fmt: skip
 
 
-def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", *, jobs: int) -> int:
+def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: _Place) -> int:
     """Run the cells that are not there; return how many failed."""
     from chanscale.catalogue import require_network
     from chanscale.pipeline import open_path
@@ -128,21 +160,45 @@ def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", *, jobs: int) -
     warn_about_patients(images, plan.config.group_pattern, "who may then stand in several folds")
     # All that can be wrong with the plan is said before the folder is touched.
     plan.specs(data, images, "32-true")
-    with folder.working():
+    with _opening(place, folder, plan.config) as runner, folder.working():
         specs = plan.specs(data, images, folder.begin(plan, images))
         missing = folder.missing(specs)
         if there := len(specs) - len(missing):
             complain(f"{there} of {len(specs)} cells are there")
-        return _run(missing, folder, jobs=jobs, done=there, total=len(specs))
+        jobs = place.jobs or (len(missing) if place.ray else 1)
+        return _run(missing, folder, runner, jobs=max(1, jobs), done=there, total=len(specs))
 
 
-def _run(specs: Sequence["CellSpec"], folder: "GridFolder", *, jobs: int, done: int, total: int) -> int:
-    from chanscale.comparison.processes import CellProcesses, run_cells
+@contextmanager
+def _opening(place: _Place, folder: "GridFolder", config: FitConfig) -> "Iterator[CellProcesses | RayCells]":
+    """Give what runs the cells. Raises ConfigError when there is no Ray."""
+    from chanscale.comparison.processes import CellProcesses
+    from chanscale.comparison.ray_cells import joined_ray
+
+    jobs = place.jobs or 1
+    if place.ray is None:
+        yield CellProcesses(folder.cells, jobs=jobs)
+        return
+    with joined_ray(
+        place.ray, folder.cells, jobs=jobs, cpus=place.ray_cpus, device=config.device, tell=complain
+    ) as cells:
+        yield cells
+
+
+def _run(
+    specs: Sequence["CellSpec"],
+    folder: "GridFolder",
+    runner: "CellProcesses | RayCells",
+    *,
+    jobs: int,
+    done: int,
+    total: int,
+) -> int:
+    from chanscale.comparison.processes import run_cells
 
     failed = 0
-    processes = CellProcesses(folder.cells, jobs=jobs)
     try:
-        with closing(run_cells(specs, processes.run, jobs=jobs, stop=processes.stop)) as cells:
+        with closing(run_cells(specs, runner.run, jobs=jobs, stop=runner.stop)) as cells:
             for spec, error in cells:
                 done, failed = done + 1, failed + bool(error)
                 complain(f"{done}/{total} {spec.cell.name}: {_settle(spec, error, folder)}")
