@@ -14,7 +14,7 @@ from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.splits import Splits
-from chanscale.depth import WHOLE, Depth, choose_depth, cross_validate, end_trunk
+from chanscale.depth import END, WHOLE, Depth, choose_depth, cross_validate, end_trunk
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.pipeline import scale_and_select
 from chanscale.progress import Watcher
@@ -58,8 +58,8 @@ class NoWatcher(Watcher):
 def test_the_trunk_ends_before_layers_that_lose_the_classes():
     found = choose(with_constant_end(tiny_classifier()))
     assert found.layer == max(("2", "5"), key=found.aucs.__getitem__)
-    assert found.aucs["trunk"] == 0.5
-    assert list(found.aucs) == ["2", "5", "trunk"]
+    assert found.aucs[END] == 0.5
+    assert list(found.aucs) == ["2", "5", END]
 
 
 def test_the_best_place_wins_and_the_first_of_equals(monkeypatch):
@@ -81,12 +81,18 @@ def test_a_place_that_leaves_no_more_than_the_budget_is_not_tried():
     cost = trunk_cost(tiny_classifier(), (), EXAMPLE)
     first, second = (sum(_parameters(layer) for layer in cost.layers[:count]) for count in (1, 2))
     whole = cost.parameters()
-    assert list(choose(budget=1 - (first + 1) / whole).aucs) == ["5", "trunk"]
+    assert list(choose(budget=1 - (first + 1) / whole).aucs) == ["5", END]
     assert choose(budget=1 - second / whole) == WHOLE
 
 
 def _parameters(layer) -> int:
     return layer.outputs * (layer.inputs * layer.taps + layer.bias)
+
+
+def test_of_many_images_some_are_read(monkeypatch):
+    monkeypatch.setattr(depth_module, "READ", 8)
+    unread = [index for index in SPLITS.train if index % 3]
+    assert choose(images=with_pixels_changed(IMAGES, unread)) == choose()
 
 
 def test_a_depth_can_be_asked_for_and_one_that_cannot_be_is_told():

@@ -47,6 +47,7 @@ def metrics(**changes):
         "macs": {"trunk": 3_841_000_000, "kept": 463_000_000, "removed": 0.88},
         "bytes": {"trunk": 4 * TRUNK, "model": 2_131_000},
         "groups": {"prunable": 13, "protected": {}},
+        "depth": {"layer": None, "without": [], "aucs": {}},
         "before": {"auc": figure(0.842), "accuracy": figure(0.77), "n": 120},
         "best_epoch": 3, "images": {"train": 390, "validation": 90, "test": 120, "skipped": 0},
     }  # fmt: skip
@@ -89,6 +90,18 @@ def test_groups_that_were_left_whole_are_told():
     text = printed(describe_run(metrics(groups={"prunable": 11, "protected": protected})))
     assert "2 of 13 channel groups left whole" in text
     assert "left whole" not in printed(describe_run(metrics()))
+
+
+def test_where_the_trunk_ends_is_told_with_what_a_linear_head_reads_there():
+    aucs = {"features.18": 0.9214, "the end": 0.8749}
+    depth = {"layer": "features.18", "without": ["features.19"], "aucs": aucs}
+    text = " ".join(printed(describe_run(metrics(depth=depth)), width=80).split())
+    assert (
+        "The trunk ends behind features.18: a linear head reads AUC 0.921 there, 0.875 at its own end" in text
+    )
+    asked_for = printed(describe_run(metrics(depth=depth | {"aucs": {}})))
+    assert "The trunk ends behind features.18." in asked_for
+    assert "ends behind" not in printed(describe_run(metrics()))
 
 
 def test_without_test_images_the_table_has_no_figures():
@@ -224,3 +237,10 @@ def test_bars_add_up_to_the_channels_of_the_layer():
     assert [bar.get_height() for bar in kept] == list(KEPT.values())
     assert [bar.get_y() + bar.get_height() for bar in removed] == list(VGG16.values())
     assert [text.get_text() for text in axes.texts] == [str(width) for width in KEPT.values()]
+
+
+def test_layers_behind_the_end_of_the_trunk_are_drawn_as_removed():
+    early = dict(list(KEPT.items())[:8])
+    kept, removed = draw_channels(VGG16, early).axes[0].containers
+    assert [bar.get_height() for bar in kept] == [*early.values(), 0, 0, 0, 0, 0]
+    assert [bar.get_height() for bar in removed][8:] == [512] * 5

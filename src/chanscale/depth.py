@@ -31,14 +31,20 @@ from chanscale.proof import channel_groups
 MOST = 20
 """Places that are tried; of more, as many are taken at even distances."""
 
+READ = 1000
+"""Training images that are read at most, at even distances: enough to tell the layers apart."""
+
 FOLDS, REPEATS = 5, 4
+
+END = "the end"
+"""Stands for the trunk's own end where layers are named; no module can have this name."""
 
 
 @dataclass(frozen=True)
 class Depth:
     """Where the trunk ends: behind `layer`, or None for its own end; `without`: the modules that are left out.
 
-    `aucs`: of a linear head behind each layer tried, in order, cross-validated on the training images.
+    `aucs`: of a linear head behind each layer tried, in order, and at `END`, cross-validated on the training images.
     """
 
     layer: str | None
@@ -75,10 +81,9 @@ def choose_depth(
     if not cuts:
         return WHOLE
     tried = [*cuts[:: -(-len(cuts) // MOST)], None]
-    features, labels = features_behind(
-        model, tried, data, splits.train, watcher, batch_size=config.micro_batch
-    )
-    groups = np.array([data.images.records[index].group for index in splits.train])
+    read = splits.train[:: -(-len(splits.train) // READ)]
+    features, labels = features_behind(model, tried, data, read, watcher, batch_size=config.micro_batch)
+    groups = np.array([data.images.records[index].group for index in read])
     aucs = []
     for done, found in enumerate(features):
         watcher.on_step("finding the depth", done, len(tried))
@@ -87,7 +92,7 @@ def choose_depth(
     if np.isnan(aucs).any():
         return WHOLE
     best = tried[int(np.argmax(aucs))]
-    names = [cut.layer if cut else "trunk" for cut in tried]
+    names = [cut.layer if cut else END for cut in tried]
     rounded = {name: round(auc, 4) for name, auc in zip(names, aucs, strict=True)}
     return Depth(best.layer, best.without, rounded) if best else Depth(None, (), rounded)
 

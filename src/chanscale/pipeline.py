@@ -142,7 +142,7 @@ def _run(
         **describe_machine(),
     }
     if folder:
-        info = folder.finish(best.model, info, metrics, state.history, widths(classifier))
+        info = folder.finish(best.model, info, metrics, state.history, widths(whole))
     elif info.rebuilt_by == "program":
         info = replace(info, rebuilt_by="network")  # no program was written
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocat
 from rich import box
 from rich.table import Table
 
+from chanscale.depth import END
 from chanscale.files import write_atomically
 from chanscale.wording import percent, shorten, size_on_disk
 
@@ -85,8 +86,8 @@ def draw_channels(before: Widths, kept: Widths) -> Figure:
     """Draw a bar for each layer: the channels kept, the channels removed, and their numbers."""
     figure = Figure(figsize=(min(24, max(7.2, 0.36 * len(before) + 1.5)), 4.4), layout="constrained")
     axes = figure.add_subplot(ylabel="channels")
-    left = [kept[name] for name in before]
-    gone = [before[name] - kept[name] for name in before]
+    left = [kept.get(name, 0) for name in before]  # a layer behind the end of the trunk has none
+    gone = [before[name] - number for name, number in zip(before, left, strict=True)]
     places = range(len(before))
     axes.bar(places, left, width=0.72, color=_SCALE, label="kept")
     axes.bar(places, gone, width=0.72, bottom=left, color=_FAINT, label="removed")
@@ -116,6 +117,8 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     text = f"{percent(parameters['removed'])} of the trunk's parameters removed"
     if parameters.get("full"):
         text += f" ({percent(parameters['removed_of_full'])} of the full network's)"
+    if layer := metrics["depth"]["layer"]:
+        text += f".\nThe trunk ends behind {layer}{_describe_reading(metrics['depth'])}"
     if images:
         patients = metrics.get("patients", images)
         text += f".\n{images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
@@ -125,6 +128,15 @@ def _caption(metrics: Mapping[str, Any]) -> str:
             f".\n{len(protected)} of {every} channel groups left whole, since a removal would not be exact"
         )
     return f"{text}."
+
+
+def _describe_reading(depth: Mapping[str, Any]) -> str:
+    """Return what a linear head reads there and at the trunk's own end, if it was tried."""
+    aucs = depth["aucs"]
+    if not aucs:
+        return ""
+    there, end = aucs[depth["layer"]], aucs[END]
+    return f": a linear head reads AUC {there:.3f} there, {end:.3f} at its own end (cross-validated)"
 
 
 def _size_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
