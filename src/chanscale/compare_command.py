@@ -161,7 +161,8 @@ def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: _Place) 
     # All that can be wrong with the plan is said before the folder is touched.
     plan.specs(data, images, "32-true")
     with _opening(place, folder, plan.config) as runner, folder.working():
-        specs = plan.specs(data, images, folder.begin(plan, images))
+        precision = folder.begin(plan, images)
+        specs = plan.specs(data, images, precision, younger=folder.find_younger())
         missing = folder.missing(specs)
         if there := len(specs) - len(missing):
             complain(f"{there} of {len(specs)} cells are there")

@@ -58,6 +58,7 @@ class CellSpec:
     """All that a process, here or elsewhere, has to know to run a cell.
 
     `images`: digest of the list of images. `config`: that of this cell, with its seed and the options of its method.
+    `younger`: options that there were not when the grid was begun; at their defaults, they change nothing.
     """
 
     cell: Cell
@@ -66,24 +67,27 @@ class CellSpec:
     folds: int
     fold_seed: int
     config: FitConfig
+    younger: frozenset[str] = frozenset()
 
     @property
     def digest(self) -> str:
         """A digest of all that its figures follow from."""
         facts = self._facts()
         facts.pop("data")  # the same images may lie elsewhere
-        facts["config"] = {k: v for k, v in facts["config"].items() if k not in IDLE_OPTIONS}
+        idle = IDLE_OPTIONS | {name for name in self.younger if is_default(self.config, name)}
+        facts["config"] = {k: v for k, v in facts["config"].items() if k not in idle}
         return digest(facts)
 
     def to_json(self) -> str:
         """Return one line; `from_json` takes it back."""
-        return json.dumps(self._facts())
+        return json.dumps(self._facts() | {"younger": sorted(self.younger)})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Return the spec that `to_json` wrote."""
         facts = json.loads(text)
         facts |= {"cell": Cell(**facts["cell"]), "data": Path(facts["data"])}
+        facts["younger"] = frozenset(facts["younger"])
         return cls(**(facts | {"config": FitConfig.build(facts["config"])}))
 
     def _facts(self) -> dict[str, Any]:
@@ -132,6 +136,11 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
         "seconds": seconds, **trained.machine,
     }  # fmt: skip
+
+
+def is_default(config: FitConfig, option: str) -> bool:
+    """Tell whether an option is as it is when nobody sets it."""
+    return bool(getattr(config, option) == FitConfig.model_fields[option].default)
 
 
 def split_spec(images: ImageSet, spec: CellSpec) -> Splits:

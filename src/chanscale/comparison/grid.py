@@ -56,14 +56,24 @@ class Plan:
             Cell(method, size, fold, seed, lr) for seed, fold, size, method in places for lr in rates[method]
         ]
 
-    def specs(self, data: Path, images: ImageSet, precision: FixedPrecision) -> list[CellSpec]:
-        """Return what each cell needs to run, on images that can be split so. Raises SplitError, ConfigError."""
+    def specs(
+        self,
+        data: Path,
+        images: ImageSet,
+        precision: FixedPrecision,
+        *,
+        younger: frozenset[str] = frozenset(),
+    ) -> list[CellSpec]:
+        """Return what each cell needs to run, on images that can be split so. Raises SplitError, ConfigError.
+
+        `younger`: options that there were not when the grid was begun.
+        """
         listed = digest_images(images)
         config = self.config.model_copy(update={"precision": precision})
         specs = [
             CellSpec(
                 cell, data.absolute(), listed, self.folds, config.seed,
-                configure(cell.method, config, seed=cell.seed, lr=cell.lr),
+                configure(cell.method, config, seed=cell.seed, lr=cell.lr), younger,
             )
             for cell in self.cells
         ]  # fmt: skip
@@ -112,7 +122,7 @@ class GridFolder:
         precision = noted.get("precision") or find_precision(plan.config)
         names = [cell.name for cell in plan.cells]
         facts = {
-            "format": FORMAT, **fixed, "precision": precision,
+            "format": FORMAT, **fixed, "config": noted.get("config", fixed["config"]), "precision": precision,
             "methods": list(dict.fromkeys([*noted.get("methods", ()), *plan.methods])),
             "cells": list(dict.fromkeys([*noted.get("cells", ()), *names])),
         }  # fmt: skip
@@ -131,6 +141,10 @@ class GridFolder:
         if not known:
             raise ArtifactError(f"{self._file} is of another version of chanscale; use another --out")
         return facts
+
+    def find_younger(self) -> frozenset[str]:
+        """Return the options that there were not when the grid was begun."""
+        return frozenset(FitConfig.model_fields.keys() - self.read()["config"].keys())
 
     def missing(self, specs: Sequence[CellSpec]) -> list[CellSpec]:
         """Return those whose cell is not there, or damaged, or of other options."""
@@ -164,10 +178,10 @@ class GridFolder:
             raise ArtifactError(f"{self.out} holds something else than a grid; choose another --out")
 
     def _require_same(self, noted: dict[str, Any], wanted: dict[str, Any]) -> None:
-        begun, asked = (
-            noted["config"] | {"folds": noted["folds"]},
-            wanted["config"] | {"folds": wanted["folds"]},
-        )
+        # An option that there was not had the effect of its default.
+        defaults = {name: field.default for name, field in FitConfig.model_fields.items()}
+        begun = defaults | noted["config"] | {"folds": noted["folds"]}
+        asked = wanted["config"] | {"folds": wanted["folds"]}
         for name in sorted({*begun, *asked} - IDLE_OPTIONS):
             if begun.get(name) != asked.get(name):
                 raise ConfigError(
