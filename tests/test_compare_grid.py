@@ -183,20 +183,31 @@ def test_a_grid_may_grow_and_decoding_threads_may_change(folder):
 
 
 def test_a_grid_goes_on_when_there_are_more_options_than_when_it_was_begun(folder):
-    specs = PLAN.specs(Path("data"), make_images(), "32-true", younger=frozenset({"depth"}))
+    specs = PLAN.specs(Path("data"), make_images(), "32-true", younger=frozenset({"early_removal"}))
     write_cell(folder.cells, make_result(specs[0].cell, digest=specs[0].digest))
     noted = folder.read()
-    del noted["config"]["depth"]
+    del noted["config"]["early_removal"]
     (folder.out / "grid.json").write_text(json.dumps(noted))
     with folder.working():
         folder.begin(PLAN, make_images())
-    assert folder.find_younger() == {"depth"}
+    assert folder.find_younger() == {"early_removal"}
     assert folder.missing(specs) == specs[1:]
-    later = [replace(spec, config=spec.config.model_copy(update={"depth": "full"})) for spec in specs]
+    later = [replace(spec, config=spec.config.model_copy(update={"early_removal": False})) for spec in specs]
     assert folder.missing(later) == later, "an option that is set changes the figures"
-    other = replace(PLAN, config=CONFIG.model_copy(update={"depth": "full"}))
-    with pytest.raises(ConfigError, match="was begun with depth='auto', not 'full'"), folder.working():
+    other = replace(PLAN, config=CONFIG.model_copy(update={"early_removal": False}))
+    with pytest.raises(ConfigError, match="was begun with early_removal=True, not False"), folder.working():
         folder.begin(other, make_images())
+
+
+def test_before_there_was_a_depth_the_whole_trunk_was_used(folder):
+    noted = folder.read()
+    del noted["config"]["depth"]
+    (folder.out / "grid.json").write_text(json.dumps(noted))
+    with pytest.raises(ConfigError, match="was begun with depth='full', not 'auto'"), folder.working():
+        folder.begin(PLAN, make_images())
+    full = replace(PLAN, config=CONFIG.model_copy(update={"depth": "full"}))
+    with folder.working():
+        folder.begin(full, make_images())
 
 
 def test_the_precision_is_measured_once(tmp_path, monkeypatch):

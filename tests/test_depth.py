@@ -91,8 +91,37 @@ def _parameters(layer) -> int:
 
 def test_of_many_images_some_are_read(monkeypatch):
     monkeypatch.setattr(depth_module, "READ", 8)
-    unread = [index for index in SPLITS.train if index % 3]
+    monkeypatch.setattr(depth_module, "RARE", 0)
+    read = {0, 6, 12, 18, 1, 7, 13, 19}
+    unread = [index for index in SPLITS.train if index not in read]
     assert choose(images=with_pixels_changed(IMAGES, unread)) == choose()
+    monkeypatch.setattr(depth_module, "RARE", 12)
+    assert choose(images=with_pixels_changed(IMAGES, unread)) != choose()
+
+
+def test_features_that_are_not_finite_are_no_place_to_end():
+    broken = tiny_classifier()
+    nn.init.constant_(broken.trunk[3].bias, torch.inf)
+    found = choose(broken)
+    assert found.layer == "2"
+    assert list(found.aucs) == ["2"]
+
+
+def test_a_layer_is_called_by_the_name_that_the_error_lists():
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = tiny_classifier().trunk
+
+        def forward(self, x):
+            return self.trunk(x)
+
+    classifier = build_classifier(Nested())
+    assert (
+        choose(classifier, depth="trunk.5").layer
+        == choose(classifier, depth="trunk.trunk.5").layer
+        == "trunk.5"
+    )
 
 
 def test_a_depth_can_be_asked_for_and_one_that_cannot_be_is_told():
@@ -116,15 +145,15 @@ def test_patients_are_not_recognised():
     patients = np.repeat(np.arange(40), 5)
     labels = torch.from_numpy(np.repeat(rng.permutation(np.arange(40) % 2), 5))
     features = torch.from_numpy(np.eye(40)[patients] + rng.normal(0, 0.01, (200, 40)))  # tells who, not what
-    assert cross_validate(features, labels, patients, seed=0) < 0.65
-    assert cross_validate(features, labels, np.arange(200), seed=0) > 0.95
+    assert cross_validate(features, labels, patients, classes=2, seed=0) < 0.65
+    assert cross_validate(features, labels, np.arange(200), classes=2, seed=0) > 0.95
 
 
 def test_features_that_tell_the_classes_apart_are_seen():
     labels = torch.arange(40) % 3
     features = torch.nn.functional.one_hot(labels, 3).float()
-    assert cross_validate(features, labels, np.arange(40), seed=0) == 1
-    assert cross_validate(torch.zeros(40, 5), labels, np.arange(40), seed=0) == 0.5
+    assert cross_validate(features, labels, np.arange(40), classes=3, seed=0) == 1
+    assert cross_validate(torch.zeros(40, 5), labels, np.arange(40), classes=3, seed=0) == 0.5
 
 
 def test_a_shorter_network_counts_what_was_left_out():

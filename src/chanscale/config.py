@@ -19,6 +19,10 @@ FixedPrecision = Literal["32-true", "bf16-mixed"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 
 
+BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full"}
+"""What an option came to before there was such an option, where that was not its default."""
+
+
 class FitConfig(BaseModel):
     """What `scale_and_select` does, whole and validated; frozen."""
 
@@ -190,6 +194,11 @@ class FitConfig(BaseModel):
     def to_yaml(self) -> str:
         """Return the complete configuration; `read` takes it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def before_it_existed(option: str) -> Any:
+    """Return what an option came to before it was added."""
+    return BEFORE_IT_EXISTED.get(option, FitConfig.model_fields[option].default)
 
 
 def _describe(detail: Any) -> str:

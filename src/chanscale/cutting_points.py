@@ -1,6 +1,6 @@
 """Where a trunk can be cut: the places between modules that run one behind the other, up to its output."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,29 +22,33 @@ class Cut:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a module was given and returned, held so that nothing else takes their place, and a copy of the latter."""
+    """What a module was given and returned, held so that nothing else takes their place."""
 
     name: str
     given: object
     returned: object
-    copied: Tensor
 
 
-def find_cuts(trunk: nn.Module, inputs: Tensor) -> list[Cut]:
+def find_cuts(
+    trunk: nn.Module, inputs: Tensor, *, narrow: Callable[[list[Cut]], list[Cut]] = list
+) -> list[Cut]:
     """Return the places where `trunk` can end, from its input to its output, the whole trunk not among them.
 
     A place counts when all that follows is one module behind the other, up to what the trunk returns for `inputs`
-    (N, C, *), and when the next of them holds a convolution: a cut in front of an activation would lack it.
+    (N, C, *), and when the next of them holds a convolution: a cut in front of an activation would lack it. Of the
+    places, those that `narrow` leaves are tried, with one image.
     """
-    inputs = inputs.to(device_of(trunk))
+    inputs = inputs[:1].to(device_of(trunk))
     modules = dict(trunk.named_modules())
-    calls = _note_calls(trunk, inputs)
-    return [
-        cut
-        for cut in _cuts_in("", modules, calls)
-        if any(isinstance(module, _ConvNd) for module in modules[cut.without[0]].modules())
-        and _returns(trunk, cut, inputs, calls[cut.layer].copied)
-    ]
+    cuts = narrow(
+        [
+            cut
+            for cut in _cuts_in("", modules, _note_calls(trunk, inputs))
+            if any(isinstance(module, _ConvNd) for module in modules[cut.without[0]].modules())
+        ]
+    )
+    outputs = _copy_outputs(trunk, [cut.layer for cut in cuts], inputs)
+    return [cut for cut in cuts if _returns(trunk, cut, inputs, outputs[cut.layer])]
 
 
 def cut_trunk(trunk: nn.Module, without: Iterable[str]) -> nn.Module:
@@ -72,11 +76,8 @@ def _note_calls(trunk: nn.Module, inputs: Tensor) -> dict[str, _Call]:
         def hook(
             _: nn.Module, given: tuple[object, ...], keywords: dict[str, object], returned: object
         ) -> None:
-            calls[name] = (
-                _Call(name, given[0], returned, returned.clone())
-                if name not in calls and len(given) == 1 and not keywords and isinstance(returned, Tensor)
-                else None
-            )
+            lone = len(given) == 1 and not keywords and isinstance(returned, Tensor)
+            calls[name] = _Call(name, given[0], returned) if lone and name not in calls else None
 
         return hook
 
@@ -90,6 +91,24 @@ def _note_calls(trunk: nn.Module, inputs: Tensor) -> dict[str, _Call]:
         for handle in handles:
             handle.remove()
     return {name: call for name, call in calls.items() if call}
+
+
+@torch.no_grad()
+def _copy_outputs(trunk: nn.Module, layers: Iterable[str], inputs: Tensor) -> dict[str, Tensor]:
+    """Return what each of the `layers` makes of `inputs`, as it is before anything writes into it."""
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *call: outputs.update({name: call[-1].clone()})
+
+    handles = [trunk.get_submodule(name).register_forward_hook(note(name)) for name in layers]
+    try:
+        with in_eval(trunk):
+            trunk(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
 
 
 def _returns(trunk: nn.Module, cut: Cut, inputs: Tensor, wanted: Tensor) -> bool:

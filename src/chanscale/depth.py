@@ -22,8 +22,10 @@ from chanscale.costs import TrunkCost, trunk_cost
 from chanscale.cutting_points import Cut, cut_trunk, find_cuts
 from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.data.splits import Splits
+from chanscale.devices import on_device
 from chanscale.errors import ConfigError
 from chanscale.metrics import Floats, Ints, mean_auc
+from chanscale.modes import device_of
 from chanscale.probe import regress
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
@@ -33,6 +35,9 @@ MOST = 20
 
 READ = 1000
 """Training images that are read at most, at even distances: enough to tell the layers apart."""
+
+RARE = 20
+"""A class of which fewer would be read is read whole."""
 
 FOLDS, REPEATS = 5, 4
 
@@ -74,26 +79,27 @@ def choose_depth(
     """
     if config.depth == "full":
         return WHOLE
-    example = data.batch(splits.train[:2])[0]
-    cuts = find_allowed(model, example, config)
+    model = on_device(model, config)
+    example = data.batch(splits.train[:2])[0].to(device_of(model))
+    cuts = find_allowed(model, example, config, most=MOST if config.depth == "auto" else None)
     if config.depth != "auto":
         return _find_named(config.depth, cuts)
     if not cuts:
         return WHOLE
-    tried = [*cuts[:: -(-len(cuts) // MOST)], None]
-    read = splits.train[:: -(-len(splits.train) // READ)]
+    tried = [*cuts, None]
+    read = _sample(data, splits.train)
     features, labels = features_behind(model, tried, data, read, watcher, batch_size=config.micro_batch)
     groups = np.array([data.images.records[index].group for index in read])
     aucs = []
     for done, found in enumerate(features):
         watcher.on_step("finding the depth", done, len(tried))
-        aucs.append(cross_validate(found, labels, groups, seed=config.seed))
+        aucs.append(cross_validate(found, labels, groups, classes=len(model.classes), seed=config.seed))
     watcher.on_step("finding the depth", len(tried), len(tried))
-    if np.isnan(aucs).any():
+    if np.isnan(aucs).all():
         return WHOLE
-    best = tried[int(np.argmax(aucs))]
+    best = tried[int(np.nanargmax(aucs))]
     names = [cut.layer if cut else END for cut in tried]
-    rounded = {name: round(auc, 4) for name, auc in zip(names, aucs, strict=True)}
+    rounded = {name: round(auc, 4) for name, auc in zip(names, aucs, strict=True) if not np.isnan(auc)}
     return Depth(best.layer, best.without, rounded) if best else Depth(None, (), rounded)
 
 
@@ -108,25 +114,30 @@ def end_trunk(model: Classifier, depth: Depth, example: Tensor) -> Classifier:
     shorter = to_channels_last(assemble(model.preprocessing, trunk, example, classes=model.classes))
     whole, left = (trunk_cost(net, (), example) for net in (model, shorter))
     names = tuple(f"trunk.{name}" for name in depth.without)
-    shorter.left_out = LeftOut(names, whole.parameters() - left.parameters(), whole.macs() - left.macs())
+    before = model.left_out
+    shorter.left_out = LeftOut(
+        (*before.modules, *names),
+        before.parameters + whole.parameters() - left.parameters(),
+        before.macs + whole.macs() - left.macs(),
+    )
     return carry_groups(shorter, channel_groups(shorter, example))
 
 
-def cross_validate(features: Tensor, labels: Tensor, groups: Ints | Any, *, seed: int) -> float:
+def cross_validate(features: Tensor, labels: Tensor, groups: Ints | Any, *, classes: int, seed: int) -> float:
     """Return the mean AUC of logistic regressions on `features` (N, C), tested on `groups` they have not seen.
 
-    `labels`, `groups`: (N,). Five folds, drawn four times; fewer where a class has fewer groups, and nan where one has
-    but one.
+    `labels`, `groups`: (N,). Five folds, drawn four times; fewer where a class has fewer groups. nan where one has but
+    one, or a feature is not finite.
     """
     x, y = features.numpy(), labels.numpy()
-    folds = min(FOLDS, *(len(set(groups[y == label])) for label in range(int(y.max()) + 1)))
-    if folds < 2:
+    folds = min(FOLDS, *(len(set(groups[y == label])) for label in range(classes)))
+    if folds < 2 or not np.isfinite(x).all():
         return float("nan")
     aucs = []
     for repeat in range(REPEATS):
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=(seed + repeat) % 2**32)
         for train, test in splitter.split(x, y, groups):
-            if len(set(y[train])) == len(set(y[test])) == len(set(y)):
+            if len(set(y[train])) == len(set(y[test])) == classes:
                 aucs.append(judge_probe(x, y, train, test))
     return float(np.mean(aucs)) if aucs else float("nan")
 
@@ -142,15 +153,18 @@ def judge_probe(x: Floats, y: Ints, train: Ints, test: Ints) -> float:
     return mean_auc(fitted.predict_proba(standardised[test]), y[test])
 
 
-def find_allowed(model: Classifier, example: Tensor, config: FitConfig) -> list[Cut]:
-    """Return the cuts that leave a convolution, and more than the budget does."""
+def find_allowed(
+    model: Classifier, example: Tensor, config: FitConfig, *, most: int | None = None
+) -> list[Cut]:
+    """Return the cuts that leave a convolution, and more than the budget does; `most` of them, at even distances."""
     cost = trunk_cost(model, (), example)
     limit = (1 - config.budget) * cost.of(config.budget_of)
-    return [
-        cut
-        for cut in find_cuts(model.trunk, model.preprocessing(example))
-        if _cost_before(cut, cost).of(config.budget_of) > limit
-    ]
+
+    def narrow(cuts: list[Cut]) -> list[Cut]:
+        allowed = [cut for cut in cuts if _cost_before(cut, cost).of(config.budget_of) > limit]
+        return allowed[:: -(-len(allowed) // most)] if most and allowed else allowed
+
+    return find_cuts(model.trunk, model.preprocessing(example), narrow=narrow)
 
 
 def _cost_before(cut: Cut, cost: TrunkCost) -> TrunkCost:
@@ -160,13 +174,25 @@ def _cost_before(cut: Cut, cost: TrunkCost) -> TrunkCost:
 
 def _find_named(layer: str, cuts: Sequence[Cut]) -> Depth:
     for cut in cuts:
-        if cut.layer == layer.removeprefix("trunk."):
+        if layer in (cut.layer, f"trunk.{cut.layer}"):
             return Depth(cut.layer, cut.without, {})
     names = ", ".join(cut.layer for cut in cuts)
     raise ConfigError(
-        f"`depth` must be auto, full, or a layer where the trunk can end and still has more than the budget leaves "
-        f"({names or 'there is none'}). Got depth={layer!r} instead."
+        "`depth` must be auto, full, or a layer where the trunk can end, all that follows being one module behind the "
+        f"other, and still has more than the budget leaves ({names or 'there is none'}). Got depth={layer!r} instead."
     )
+
+
+def _sample(data: DecodedImages, train: Sequence[int]) -> list[int]:
+    """Return about `READ` of the images, each class with its share; of one that is rare, all."""
+    labels = data.images.labels[list(train)]
+    ordered = np.array(train)[np.argsort(labels, kind="stable")]
+    step = -(-len(train) // READ)
+    chosen = {int(index) for index in ordered[::step]}
+    rare = [
+        index for index, label in zip(train, labels, strict=True) if np.sum(labels == label) < RARE * step
+    ]
+    return sorted(chosen | set(rare))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Device and precision, through Lightning Fabric."""
 
+import copy
 from functools import cache
 from time import perf_counter
 
@@ -7,8 +8,10 @@ import torch
 from lightning_fabric import Fabric
 from torch.nn import functional as F
 
+from chanscale.channels import Model
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.errors import ConfigError, one_line
+from chanscale.modes import device_of
 
 
 def make_fabric(config: FitConfig) -> Fabric:
@@ -19,6 +22,12 @@ def make_fabric(config: FitConfig) -> Fabric:
     except Exception as error:  # Fabric raises whatever its plugin for the device raises
         reason = one_line(error)
         raise ConfigError(f"device={config.device!r} cannot be used ({reason}); use --device cpu") from error
+
+
+def on_device(model: Model, config: FitConfig) -> Model:
+    """Return `model`, or a copy of it on the device of the run where it lies on another."""
+    device = make_fabric(config).device
+    return model if device_of(model) == device else copy.deepcopy(model).to(device)
 
 
 def find_precision(config: FitConfig) -> FixedPrecision:

@@ -24,7 +24,7 @@ from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
 from chanscale.depth import Depth, choose_depth, end_trunk
-from chanscale.devices import find_precision
+from chanscale.devices import find_precision, on_device
 from chanscale.errors import ChanscaleError, ConfigError, WeightsError
 from chanscale.evaluation import evaluate
 from chanscale.files import is_file
@@ -282,11 +282,12 @@ def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Wat
 def judge_head(
     model: Classifier, images: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
 ) -> dict[str, Any]:
-    """Return the figures of a linear head on the frozen `model`, whose head is set, as `judge` does."""
+    """Return the figures of a linear head on the frozen `model`, as `judge` does; its head is set."""
     if not splits.test:
         return {"n": 0}
-    fit_probe(model, images, splits.train, batch_size=config.micro_batch)
-    return judge(model, images, splits, watcher)
+    reader = on_device(model, config)
+    fit_probe(reader, images, splits.train, batch_size=config.micro_batch)
+    return judge(reader, images, splits, watcher)
 
 
 def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: int | None) -> dict[str, Any]:

@@ -135,8 +135,8 @@ def _describe_reading(depth: Mapping[str, Any]) -> str:
     aucs = depth["aucs"]
     if not aucs:
         return ""
-    there, end = aucs[depth["layer"]], aucs[END]
-    return f": a linear head reads AUC {there:.3f} there, {end:.3f} at its own end (cross-validated)"
+    end = f", {aucs[END]:.3f} at its own end" if END in aucs else ""
+    return f": a linear head reads AUC {aucs[depth['layer']]:.3f} there{end} (cross-validated)"
 
 
 def _size_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -16,7 +16,7 @@ from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
-from chanscale.depth import Depth
+from chanscale.depth import WHOLE, Depth
 from chanscale.errors import ArtifactError, ConfigError, ModelError, one_line
 from chanscale.files import claiming, to_json, write_atomically
 from chanscale.programs import PROGRAM, save_program
@@ -79,7 +79,7 @@ class RunFolder:
     def read_depth(self) -> Depth | None:
         """Return where the trunk of an interrupted run ends, if that was found. Raises ArtifactError."""
         if not self._depth.exists():
-            return None
+            return WHOLE if self._checkpoint.exists() else None  # of a version that used all of every trunk
         try:
             return Depth.from_dict(json.loads(self._depth.read_text(encoding="utf-8")))
         except (OSError, ValueError, LookupError, TypeError) as error:

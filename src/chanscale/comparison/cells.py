@@ -13,7 +13,7 @@ from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
 from chanscale.comparison.folds import learning_and_test, split_for_cell
 from chanscale.comparison.methods import is_ours, learning_rates
-from chanscale.config import FitConfig
+from chanscale.config import FitConfig, before_it_existed
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.sources import ImageSet
@@ -58,7 +58,8 @@ class CellSpec:
     """All that a process, here or elsewhere, has to know to run a cell.
 
     `images`: digest of the list of images. `config`: that of this cell, with its seed and the options of its method.
-    `younger`: options that there were not when the grid was begun; at their defaults, they change nothing.
+    `younger`: options that there were not when the grid was begun; they count where they are
+    not what they came to then.
     """
 
     cell: Cell
@@ -74,7 +75,9 @@ class CellSpec:
         """A digest of all that its figures follow from."""
         facts = self._facts()
         facts.pop("data")  # the same images may lie elsewhere
-        idle = IDLE_OPTIONS | {name for name in self.younger if is_default(self.config, name)}
+        idle = IDLE_OPTIONS | {
+            name for name in self.younger if getattr(self.config, name) == before_it_existed(name)
+        }
         facts["config"] = {k: v for k, v in facts["config"].items() if k not in idle}
         return digest(facts)
 
@@ -136,11 +139,6 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
         "seconds": seconds, **trained.machine,
     }  # fmt: skip
-
-
-def is_default(config: FitConfig, option: str) -> bool:
-    """Tell whether an option is as it is when nobody sets it."""
-    return bool(getattr(config, option) == FitConfig.model_fields[option].default)
 
 
 def split_spec(images: ImageSet, spec: CellSpec) -> Splits:

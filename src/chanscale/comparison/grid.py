@@ -21,7 +21,7 @@ from chanscale.comparison.cells import (
     split_spec,
 )
 from chanscale.comparison.methods import configure, find_tries
-from chanscale.config import FitConfig, FixedPrecision
+from chanscale.config import FitConfig, FixedPrecision, before_it_existed
 from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
 from chanscale.errors import ArtifactError, ConfigError, one_line
@@ -178,9 +178,8 @@ class GridFolder:
             raise ArtifactError(f"{self.out} holds something else than a grid; choose another --out")
 
     def _require_same(self, noted: dict[str, Any], wanted: dict[str, Any]) -> None:
-        # An option that there was not had the effect of its default.
-        defaults = {name: field.default for name, field in FitConfig.model_fields.items()}
-        begun = defaults | noted["config"] | {"folds": noted["folds"]}
+        earlier = {name: before_it_existed(name) for name in FitConfig.model_fields}
+        begun = earlier | noted["config"] | {"folds": noted["folds"]}
         asked = wanted["config"] | {"folds": wanted["folds"]}
         for name in sorted({*begun, *asked} - IDLE_OPTIONS):
             if begun.get(name) != asked.get(name):
