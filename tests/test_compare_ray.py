@@ -103,7 +103,7 @@ def wait_for(port: int) -> None:
 
 def test_cells_on_ray_are_those_of_processes(data, tiny, tmp_path, capsys, monkeypatch, address, hook):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as many as a cell has on Ray
-    asked = ["--methods=chanscale", "--only-folds=1", "--sizes=10"]
+    asked = ["--methods=chanscale", "--only-folds=1", "--sizes=10", "--tries=1"]
     assert compare(data, tmp_path / "ray", *asked, "--ray", address) == 0
     out, err = words(capsys)
     assert re.search(r"^1/1 chanscale-n10-f1-s0: AUC \d", err, re.M)
