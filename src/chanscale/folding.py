@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.backbones import Preprocessing
-from chanscale.classifier import Classifier
+from chanscale.classifier import Classifier, to_channels_last
 from chanscale.errors import InexactRemovalError, ModelError
 from chanscale.modes import device_of
 from chanscale.pruning import output_change
@@ -56,7 +56,8 @@ def fold_grey(model: Classifier, images: Tensor) -> Classifier:
             f"folding changes the output by {change:.1e} of its size: the image is used beside the first convolution; "
             "leave fold_grey out"
         )
-    return folded.to(device)
+    # Laid out as a model that is loaded is, so that kernels round alike.
+    return to_channels_last(folded).to(device)
 
 
 def _find_first(model: Classifier, images: Tensor) -> str:
