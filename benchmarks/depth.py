@@ -11,17 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from chanscale.comparison.folds import order_images
 from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
-from chanscale.depth import features_behind, find_allowed, judge_probe
+from chanscale.depth import END, FOLDS, draw_folds, features_behind, find_allowed, judge_probe
 from chanscale.pipeline import load_images, open_classifier
 from chanscale.progress import Watcher
-
-FOLDS, REPEATS = 5, 4
 
 
 def main() -> None:
@@ -36,27 +33,25 @@ def main() -> None:
     images = load_images(options.data, config, Watcher())
     everything = Splits(tuple(range(len(images))), (), ())
     _, model = open_classifier(config.backbone, images, everything, config, Watcher())
-    cuts = [*find_allowed(model, images.batch([0, 1])[0], config), None]
+    cuts = find_allowed(model, images.batch([0, 1])[0], config)
     features, labels = features_behind(model, cuts, images, everything.train, Watcher(), batch_size=5)
     print("| behind | channels |", " | ".join(f"{n or 'all'} images" for n in options.sizes), "|")
     print("|---" * (2 + len(options.sizes)) + "|")
-    for cut, found in zip(cuts, features, strict=True):
+    for name, found in zip([*(cut.layer for cut in cuts), END], features, strict=True):
         means = [
             np.mean([judge_probe(found.numpy(), labels.numpy(), *rows) for rows in draw(images, n)])
             for n in options.sizes
         ]
         figures = " | ".join(f"{mean:.3f}" for mean in means)
-        print(f"| {cut.layer if cut else 'the end'} | {found.shape[1]} | {figures} |", flush=True)
+        print(f"| {name} | {found.shape[1]} | {figures} |", flush=True)
 
 
 def draw(images: DecodedImages, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the rows to fit on, `size` of them or all for 0, and those to test on."""
     groups = np.array([record.group for record in images.images.records])
-    for repeat in range(REPEATS):
-        splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=repeat)
-        for train, test in splitter.split(groups, images.images.labels, groups):
-            order = order_images(images.images, train.tolist(), seed=repeat)
-            yield np.array(order[: size or None]), test
+    for place, (train, test) in enumerate(draw_folds(images.images.labels, groups, FOLDS, seed=0)):
+        order = order_images(images.images, train.tolist(), seed=place // FOLDS)
+        yield np.array(order[: size or None]), test
 
 
 def parse_options() -> argparse.Namespace:

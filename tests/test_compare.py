@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_backbone
 import tiny_cell
 from chanscale import cli
-from chanscale.baselines import BASELINES
 from chanscale.cli_options import merge_config
 from chanscale.comparison import processes
 from chanscale.comparison.cells import Cell, CellSpec, digest_images, read_cell, run_cell
@@ -37,9 +35,7 @@ CONFIG = {
 @pytest.fixture
 def tiny(monkeypatch):
     """The tiny backbone, and methods that fail, here and in the processes of cells."""
-    tiny_backbone.register(monkeypatch.setitem, monkeypatch.setattr)
-    for name, method in tiny_cell.METHODS.items():
-        monkeypatch.setitem(BASELINES, name, method)
+    tiny_cell.register(monkeypatch.setitem, monkeypatch.setattr)
     monkeypatch.setattr(processes, "CELL_PROGRAM", tiny_cell.PROGRAM)
 
 
@@ -64,6 +60,25 @@ def cells_of(out) -> dict[str, dict]:
     for cell in found.values():
         del cell["seconds"], cell["peak_memory_bytes"]
     return found
+
+
+def wait_for_first_cell(process) -> None:
+    """Read what a comparison of two cells says, until one of them is done."""
+    line = ""
+    while not line.startswith("1/2"):
+        line = process.stderr.readline()
+        assert line, "it ended before its first cell"
+
+
+def require_interrupted(process, out) -> None:
+    """Check that a comparison of head and another ends as one does whose first cell alone was done."""
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert rest.splitlines() == [
+        "1 of 2 cells are there; the same command goes on", "interrupted; nothing half-written is left",
+    ]  # fmt: skip
+    assert {path.name for path in (out / "cells").iterdir()} == {"head-all-f0-s0.json"}
+    assert not (out / ".lock").exists()
 
 
 # --- one cell
@@ -252,9 +267,8 @@ def test_a_grid_of_failures_ends_with_their_exit_code(data, tiny, tmp_path, caps
 
 def test_an_interrupt_ends_the_cells_and_leaves_nothing_half_written(data, tmp_path):
     program = (
-        "import signal, tiny_backbone as t, tiny_cell; t.register()\n"
+        "import signal, tiny_cell; tiny_cell.register()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from chanscale.baselines import BASELINES; BASELINES.update(tiny_cell.METHODS)\n"
         "from chanscale.comparison import processes; processes.CELL_PROGRAM = tiny_cell.PROGRAM\n"
         "from chanscale.cli import main; main()"
     )
@@ -273,19 +287,10 @@ def test_an_interrupt_ends_the_cells_and_leaves_nothing_half_written(data, tmp_p
         [sys.executable, "-c", program, "compare", *arguments],
         env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        line = ""
-        while not line.startswith("1/2"):
-            line = process.stderr.readline()
-            assert line, "it ended before its first cell"
+        wait_for_first_cell(process)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-        assert process.wait(60) == 130
-    assert rest.splitlines() == [
-        "1 of 2 cells are there; the same command goes on", "interrupted; nothing half-written is left",
-    ]  # fmt: skip
-    assert {path.name for path in (out / "cells").iterdir()} == {"head-all-f0-s0.json"}
-    assert not (out / ".lock").exists()
+        require_interrupted(process, out)
 
 
 def test_a_cell_ends_with_the_process_that_started_it(data):

@@ -23,7 +23,7 @@ from chanscale.comparison import processes, ray_cells
 from chanscale.comparison.cells import read_cell
 from chanscale.comparison.ray_cells import joined_ray
 from test_cli import OPTIONS, draw, error_of, words
-from test_compare import cells_of, compare, spec_of
+from test_compare import cells_of, compare, require_interrupted, spec_of, wait_for_first_cell
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs: pip install 'chanscale[ray]'")
 TESTS = Path(__file__).parent
@@ -193,18 +193,9 @@ def test_an_interrupt_ends_a_ray_of_our_own_and_leaves_nothing_half_written(data
         [sys.executable, "-c", program, "compare", str(data), "--out", str(out), *OPTIONS, *asked],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        line = ""
-        while not line.startswith("1/2"):
-            line = process.stderr.readline()
-            assert line, "it ended before its first cell"
+        wait_for_first_cell(process)
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        rest = process.stderr.read()
-        assert process.wait(60) == 130
-    assert rest.splitlines() == [
-        "1 of 2 cells are there; the same command goes on", "interrupted; nothing half-written is left",
-    ]  # fmt: skip
-    assert {path.name for path in (out / "cells").iterdir()} == {"head-all-f0-s0.json"}
-    assert not (out / ".lock").exists()
+        require_interrupted(process, out)
     assert children
     assert psutil.wait_procs(children, timeout=30)[1] == []

@@ -15,9 +15,8 @@ from chanscale.modes import in_eval
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The modules of the pretrained trunk that are not used, by name, and the parameters and MACs that go with them."""
+    """What is gone from the end of the pretrained trunk: parameters, and MACs for one image."""
 
-    modules: tuple[str, ...] = ()
     parameters: int = 0
     macs: int = 0
 
@@ -29,7 +28,7 @@ class Classifier(nn.Module):
     """Preprocessing, a convolutional trunk, and a head, for a list of classes.
 
     Input: (N, 1 or 3, H, W), pixels in [0, 1]. Output: logits, (N, 1) for two classes (that of the second,
-    the positive one) and (N, K) for K > 2. `left_out`: what is gone from the end of the trunk, if it ends early.
+    the positive one) and (N, K) for K > 2. `left_out`: what the trunk lacks, if it ends early.
     """
 
     def __init__(

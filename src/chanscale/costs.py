@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from chanscale.channels import ChannelGroup, Kept, removed_positions, shrink_groups
 from chanscale.classifier import NOTHING, Classifier, LeftOut
 from chanscale.heads import PooledHead
-from chanscale.modes import device_of, in_eval
+from chanscale.modes import device_of, hooked, in_eval
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -188,10 +188,6 @@ def count_positions(model: nn.Module, layers: Mapping[str, nn.Module], example: 
         return hook
 
     handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
-    try:
-        with in_eval(model):
-            model(example.to(device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), in_eval(model):
+        model(example.to(device_of(model)))
     return positions

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from chanscale.errors import ModelError
-from chanscale.modes import device_of, in_eval
+from chanscale.modes import device_of, hooked, in_eval
 from chanscale.pruning import share
 
 
@@ -24,7 +24,6 @@ class Cut:
 class _Call:
     """What a module was given and returned, held so that nothing else takes their place."""
 
-    name: str
     given: object
     returned: object
 
@@ -69,7 +68,7 @@ def cut_trunk(trunk: nn.Module, without: Iterable[str]) -> nn.Module:
 
 @torch.no_grad()
 def _note_calls(trunk: nn.Module, inputs: Tensor) -> dict[str, _Call]:
-    """Return the call of each module that takes one argument, by its name; one called twice has none."""
+    """Return the call of each module that takes one argument, as they end; one called twice has none."""
     calls: dict[str, _Call | None] = {}
 
     def note(name: str) -> object:
@@ -77,19 +76,15 @@ def _note_calls(trunk: nn.Module, inputs: Tensor) -> dict[str, _Call]:
             _: nn.Module, given: tuple[object, ...], keywords: dict[str, object], returned: object
         ) -> None:
             lone = len(given) == 1 and not keywords and isinstance(returned, Tensor)
-            calls[name] = _Call(name, given[0], returned) if lone and name not in calls else None
+            calls[name] = _Call(given[0], returned) if lone and name not in calls else None
 
         return hook
 
     handles = [
         module.register_forward_hook(note(name), with_kwargs=True) for name, module in trunk.named_modules()
     ]
-    try:
-        with in_eval(trunk):
-            trunk(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), in_eval(trunk):
+        trunk(inputs)
     return {name: call for name, call in calls.items() if call}
 
 
@@ -102,12 +97,8 @@ def _copy_outputs(trunk: nn.Module, layers: Iterable[str], inputs: Tensor) -> di
         return lambda *call: outputs.update({name: call[-1].clone()})
 
     handles = [trunk.get_submodule(name).register_forward_hook(note(name)) for name in layers]
-    try:
-        with in_eval(trunk):
-            trunk(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), in_eval(trunk):
+        trunk(inputs)
     return outputs
 
 
@@ -138,14 +129,13 @@ def _find_chain(name: str, modules: dict[str, nn.Module], calls: dict[str, _Call
     if name not in calls:
         return []
     prefix = f"{name}." if name else ""
-    names = [prefix + child for child, _ in modules[name].named_children()]
-    order = {called: place for place, called in enumerate(calls)}
+    children = {prefix + child for child, _ in modules[name].named_children()}
     chain: list[str] = []
     wanted = calls[name].returned
     # From the back. Modules that write in place return what they were given: the one called last comes first.
-    for call in sorted((calls[child] for child in names if child in calls), key=lambda c: -order[c.name]):
-        if call.returned is not wanted:
+    for child in (called for called in reversed(calls) if called in children):
+        if calls[child].returned is not wanted:
             break
-        chain.insert(0, call.name)
-        wanted = call.given
+        chain.insert(0, child)
+        wanted = calls[child].given
     return chain

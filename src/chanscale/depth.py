@@ -6,12 +6,14 @@ at a fraction of the parameters. So a linear head is fitted behind every layer w
 cross-validation on the training images alone, and what lies behind the best of them is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
@@ -20,13 +22,13 @@ from chanscale.classifier import Classifier, LeftOut, assemble, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import TrunkCost, trunk_cost
 from chanscale.cutting_points import Cut, cut_trunk, find_cuts
-from chanscale.data.loading import BatchLoader, DecodedImages
+from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.devices import on_device
 from chanscale.errors import ConfigError
 from chanscale.metrics import Floats, Ints, mean_auc
-from chanscale.modes import device_of
-from chanscale.probe import regress
+from chanscale.modes import device_of, hooked
+from chanscale.probe import pooled_features, regress
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 
@@ -86,21 +88,22 @@ def choose_depth(
         return _find_named(config.depth, cuts)
     if not cuts:
         return WHOLE
-    tried = [*cuts, None]
     read = _sample(data, splits.train)
-    features, labels = features_behind(model, tried, data, read, watcher, batch_size=config.micro_batch)
+    features, labels = features_behind(model, cuts, data, read, watcher, batch_size=config.micro_batch)
     groups = np.array([data.images.records[index].group for index in read])
     aucs = []
     for done, found in enumerate(features):
-        watcher.on_step("finding the depth", done, len(tried))
+        watcher.on_step("finding the depth", done, len(features))
         aucs.append(cross_validate(found, labels, groups, classes=len(model.classes), seed=config.seed))
-    watcher.on_step("finding the depth", len(tried), len(tried))
+    watcher.on_step("finding the depth", len(features), len(features))
     if np.isnan(aucs).all():
         return WHOLE
-    best = tried[int(np.nanargmax(aucs))]
-    names = [cut.layer if cut else END for cut in tried]
+    names = [*(cut.layer for cut in cuts), END]
     rounded = {name: round(auc, 4) for name, auc in zip(names, aucs, strict=True) if not np.isnan(auc)}
-    return Depth(best.layer, best.without, rounded) if best else Depth(None, (), rounded)
+    best = int(np.nanargmax(aucs))
+    if best == len(cuts):
+        return Depth(None, (), rounded)
+    return Depth(cuts[best].layer, cuts[best].without, rounded)
 
 
 def end_trunk(model: Classifier, depth: Depth, example: Tensor) -> Classifier:
@@ -113,17 +116,15 @@ def end_trunk(model: Classifier, depth: Depth, example: Tensor) -> Classifier:
     trunk = cut_trunk(model.trunk, depth.without)
     shorter = to_channels_last(assemble(model.preprocessing, trunk, example, classes=model.classes))
     whole, left = (trunk_cost(net, (), example) for net in (model, shorter))
-    names = tuple(f"trunk.{name}" for name in depth.without)
-    before = model.left_out
     shorter.left_out = LeftOut(
-        (*before.modules, *names),
-        before.parameters + whole.parameters() - left.parameters(),
-        before.macs + whole.macs() - left.macs(),
+        whole.original("parameters") - left.parameters(), whole.original("macs") - left.macs()
     )
     return carry_groups(shorter, channel_groups(shorter, example))
 
 
-def cross_validate(features: Tensor, labels: Tensor, groups: Ints | Any, *, classes: int, seed: int) -> float:
+def cross_validate(
+    features: Tensor, labels: Tensor, groups: NDArray[Any], *, classes: int, seed: int
+) -> float:
     """Return the mean AUC of logistic regressions on `features` (N, C), tested on `groups` they have not seen.
 
     `labels`, `groups`: (N,). Five folds, drawn four times; fewer where a class has fewer groups. nan where one has but
@@ -133,13 +134,19 @@ def cross_validate(features: Tensor, labels: Tensor, groups: Ints | Any, *, clas
     folds = min(FOLDS, *(len(set(groups[y == label])) for label in range(classes)))
     if folds < 2 or not np.isfinite(x).all():
         return float("nan")
-    aucs = []
+    aucs = [
+        judge_probe(x, y, train, test)
+        for train, test in draw_folds(y, groups, folds, seed=seed)
+        if len(set(y[train])) == len(set(y[test])) == classes
+    ]
+    return float(np.mean(aucs)) if aucs else float("nan")
+
+
+def draw_folds(labels: Ints, groups: NDArray[Any], folds: int, *, seed: int) -> Iterator[tuple[Ints, Ints]]:
+    """Yield the rows to fit on and those to test on, for each of the `folds`, drawn `REPEATS` times by group."""
     for repeat in range(REPEATS):
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=(seed + repeat) % 2**32)
-        for train, test in splitter.split(x, y, groups):
-            if len(set(y[train])) == len(set(y[test])) == classes:
-                aucs.append(judge_probe(x, y, train, test))
-    return float(np.mean(aucs)) if aucs else float("nan")
+        yield from splitter.split(labels, labels, groups)
 
 
 def judge_probe(x: Floats, y: Ints, train: Ints, test: Ints) -> float:
@@ -195,35 +202,29 @@ def _sample(data: DecodedImages, train: Sequence[int]) -> list[int]:
     return sorted(chosen | set(rare))
 
 
-@torch.no_grad()
 def features_behind(
     model: Classifier,
-    cuts: Sequence[Cut | None],
+    cuts: Sequence[Cut],
     data: DecodedImages,
     indices: Sequence[int],
     watcher: Watcher,
     *,
     batch_size: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the pooled features (N, C) of some images behind each of the `cuts`, None for the end; and labels (N,)."""
-    model.eval()
+    """Return the pooled features (N, C) of some images behind each of the `cuts` and at the end; and labels (N,)."""
     pooled: list[list[Tensor]] = [[] for _ in cuts]
 
-    def note(place: int) -> Any:
+    def note(place: int) -> Callable[..., None]:
         # At once: what follows may write into the map.
         return lambda *call: pooled[place].append(model.head.pool(call[-1]).cpu())
 
-    layers = [model.trunk.get_submodule(cut.layer) if cut else model.trunk for cut in cuts]
-    handles = [layer.register_forward_hook(note(place)) for place, layer in enumerate(layers)]
-    labels, done = [], 0
-    try:
-        for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
-            watcher.on_step("reading every layer", done, len(indices))
-            model.feature_map(batch.images.to(model.head.mean.device))
-            labels.append(batch.labels)
-            done += len(batch.labels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    watcher.on_step("reading every layer", done, len(indices))
-    return [torch.cat(parts) for parts in pooled], torch.cat(labels)
+    layers = [model.trunk.get_submodule(cut.layer) for cut in cuts]
+    with hooked(layer.register_forward_hook(note(place)) for place, layer in enumerate(layers)):
+        last, labels = pooled_features(
+            model,
+            data,
+            indices,
+            batch_size=batch_size,
+            progress=partial(watcher.on_step, "reading every layer"),
+        )
+    return [*map(torch.cat, pooled), last], labels

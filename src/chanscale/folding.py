@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.errors import InexactRemovalError, ModelError
-from chanscale.modes import device_of
+from chanscale.modes import device_of, hooked
 from chanscale.pruning import output_change
 
 FOLDED = 1e-5
@@ -68,11 +68,8 @@ def _find_first(model: Classifier, images: Tensor) -> str:
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd)
     ]
-    try:
+    with hooked(handles):
         model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not called:
         raise ModelError("the network has no convolution to fold")
     return called[0]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from chanscale.errors import ModelError, one_line
+from chanscale.modes import hooked
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: F.softmax(x, 1),
@@ -159,16 +160,13 @@ def _run(net: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, _Last | No
 
 def _record(net: nn.Module, example: Tensor) -> tuple[Any, _Last | None]:
     recorder = _Recorder()
-    hooks = [layer.register_forward_hook(recorder) for layer in _layers(net)]
-    try:
-        return net(example), recorder.last
-    except Exception as error:  # whatever the user's network raises
-        raise ModelError(
-            f"{_kind(net)} does not run on images of {tuple(example.shape[1:])}: {_brief(error)}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(layer.register_forward_hook(recorder) for layer in _layers(net)):
+        try:
+            return net(example), recorder.last
+        except Exception as error:  # whatever the user's network raises
+            raise ModelError(
+                f"{_kind(net)} does not run on images of {tuple(example.shape[1:])}: {_brief(error)}"
+            ) from error
 
 
 def _require_features(net: nn.Module, example: Tensor, output: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""Run a network as it will be used, and give it back as it was."""
+"""Run a network as it will be used, or watch it run, and give it back as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -23,3 +24,14 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take the hooks of these `handles` off again afterwards."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -98,15 +98,16 @@ def _run(
     original, classifier = open_classifier(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
+    example, _ = images.batch(splits.train[:2])
     if config.fold_grey:
-        fold_grey(classifier, images.batch(splits.train[:2])[0])  # fails now, rather than when all is trained
+        fold_grey(classifier, example)  # fails now, rather than when all is trained
     if folder:
         folder.begin(images.images, splits)
     whole, depth = classifier, folder.read_depth() if folder else None
     depth = depth or choose_depth(whole, images, splits, config, watcher)
     if folder:
         folder.note_depth(depth)
-    classifier = end_trunk(whole, depth, images.batch(splits.train[:2])[0])
+    classifier = end_trunk(whole, depth, example)
     info = describe_model(original, classifier, images, depth)
     state, notes = (folder.load(classifier) if folder else None) or (None, {})
     _require_same_original(original, notes)
@@ -115,8 +116,11 @@ def _run(
     config = config.model_copy(update={"precision": precision})
     if state is None:
         state = start(classifier, images, splits, config)
+        # With all scales at 1 and a linear head, what training starts from is the frozen network, as deep as it goes.
         notes = {
-            "before": judge_head(whole, images, splits, config, watcher),
+            "before": judge(state.model, images, splits, watcher)
+            if classifier is whole
+            else judge_head(whole, images, splits, config, watcher),
             "seconds": 0.0,
             "precision": precision,
             "original": _identify(original),

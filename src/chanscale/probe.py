@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from chanscale.classifier import Classifier
-from chanscale.data.loading import BatchLoader, DecodedImages
+from chanscale.data.loading import BatchLoader, DecodedImages, Progress
 from chanscale.errors import TrainingError
 from chanscale.heads import standardise
 from chanscale.metrics import Floats, Ints
@@ -57,13 +57,22 @@ def set_head_statistics(
 
 @torch.no_grad()
 def pooled_features(
-    model: Classifier, data: DecodedImages, indices: Sequence[int], *, batch_size: int
+    model: Classifier,
+    data: DecodedImages,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the head's pooled features (N, C), in fp32 on the CPU, and the labels (N,) of some images."""
     model.eval()
     device = model.head.mean.device
     features, labels = [], []
-    for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
+    for done, batch in enumerate(BatchLoader(data, indices, batch_size=batch_size).epoch()):
+        if progress:
+            progress(done * batch_size, len(indices))
         features.append(model.head.pool(model.feature_map(batch.images.to(device))).cpu())
         labels.append(batch.labels)
+    if progress:
+        progress(len(indices), len(indices))
     return torch.cat(features), torch.cat(labels)

@@ -84,7 +84,7 @@ def find_our_channels(
     """
     at_budget = config.model_copy(update={"tolerance": None})
     depth = choose_depth(model, data, splits, at_budget, watcher)
-    shorter = end_trunk(know_groups(model, data, splits), depth, data.batch(splits.train[:2])[0])
+    shorter = know_groups(end_trunk(model, depth, data.batch(splits.train[:2])[0]), data, splits)
     return shorter, ChannelSelection(fit(shorter, data, splits, at_budget, watcher=watcher).kept)
 
 

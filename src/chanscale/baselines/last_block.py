@@ -10,7 +10,7 @@ from chanscale.config import FitConfig
 from chanscale.costs import count_positions
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
-from chanscale.modes import in_eval
+from chanscale.modes import hooked, in_eval
 from chanscale.progress import Watcher
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
@@ -62,10 +62,6 @@ def order_of_calls(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         called.setdefault(names[module], module)
 
     handles = [module.register_forward_pre_hook(note) for module in names]
-    try:
-        with in_eval(model):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), in_eval(model):
+        model(example)
     return called
