@@ -1,6 +1,9 @@
-# make demo   set up, fetch the real weights, train, remove channels, report
-# make test   set up and run the tests
-# make check  what CI runs: lint, types, tests
+# make demo     set up, fetch the real weights, train, remove channels, report
+# make test     set up and run the tests
+# make check    lint, types, tests
+# make package  build sdist and wheel, install the wheel where nothing else is, and use it
+#
+# CI runs the last two.
 #
 # PIP_ARGS is handed to pip: a mirror, or on a Linux machine without a GPU
 #   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small build of torch.
@@ -9,7 +12,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types check package clean
 
 demo: .venv/installed
 	$(BIN)/chanscale demo
@@ -26,6 +29,9 @@ types: .venv/installed-dev
 
 check: lint types
 	$(MAKE) test
+
+package: .venv/installed-dev
+	$(BIN)/python tools/check-package $(PIP_ARGS)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info
