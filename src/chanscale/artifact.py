@@ -77,9 +77,9 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     `trunk`: the original network, which makes a `Classifier` of one that was the user's own; without it, that is a
     `Program`. Raises ArtifactError.
     """
-    path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
-    tensors, info = _read(path)
+    path = model_path(Path(path))
+    tensors, metadata = read_model(path)
+    info = parse_info(metadata, path)
     if trunk is None and info.rebuilt_by == "program":
         program = load_program(
             path.with_name(PROGRAM), info.classes,
@@ -137,11 +137,17 @@ def _require_run(model: Classifier, info: ModelInfo) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Write one safetensors file, whole or not at all; equal content gives equal bytes."""
+    write_atomically(path, pack_tensors(tensors, metadata))
+    return path
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Return the bytes of one safetensors file; equal content gives equal bytes."""
     # Clones: safetensors takes no memory that bears two names.
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     # One entry: safetensors writes several in an order that differs from run to run.
-    write_atomically(path, save(plain, {METADATA: json.dumps(metadata)}))
-    return path
+    content: bytes = save(plain, {METADATA: json.dumps(metadata)})
+    return content
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,7 +163,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
+def model_path(path: Path) -> Path:
+    """Return the model file of a run folder; a path that is no folder as it is."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the metadata of a model file. Raises ArtifactError for any other."""
     if not path.is_file():
         raise ArtifactError(f"there is no model at {path}; pass a run folder, or the model.safetensors in it")
     tensors, metadata = read_tensors(path)
@@ -166,10 +178,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
             f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; "
             f"it is no chanscale model, or one of another version"
         )
-    return tensors, _parse(path, metadata)
+    return tensors, metadata
 
 
-def _parse(path: Path, metadata: Mapping[str, Any]) -> ModelInfo:
+def parse_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
+    """Return what the metadata of the file at `path` say of its model. Raises ArtifactError."""
     try:
         return INFO.validate_json(json.dumps(metadata["info"]), strict=True)
     except KeyError as error:

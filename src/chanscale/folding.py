@@ -39,12 +39,7 @@ def fold_grey(model: Classifier, images: Tensor) -> Classifier:
         or isinstance(first, _ConvTransposeNd)
     ):
         raise ModelError("the first convolution does not take three channels: nothing can be folded")
-    mean, std = old.mean.cpu().double(), old.std.cpu().double()
-    scale, shift = 1 / std, -mean / std  # (1, 3, 1, 1)
-    # `mean` and `std` follow the order of the weights, and a grey image is the same in any order.
-    weight = first.weight.double()
-    parts = [(weight * part).sum(1, keepdim=True) for part in (scale, shift)]
-    first.weight = nn.Parameter(torch.cat(parts, 1).to(first.weight.dtype), requires_grad=False)
+    first.weight = nn.Parameter(fold_weight(first.weight, old), requires_grad=False)
     first.in_channels = 2
     folded.preprocessing = Preprocessing.from_dict({**old.to_dict(), "folded": True})
     try:
@@ -58,6 +53,15 @@ def fold_grey(model: Classifier, images: Tensor) -> Classifier:
         )
     # Laid out as a model that is loaded is, so that kernels round alike.
     return to_channels_last(folded).to(device)
+
+
+def fold_weight(weight: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return filters (N, 2, h, w) for a grey image and ones, from those (N, 3, h, w) for the image in colour."""
+    mean, std = preprocessing.mean.cpu().double(), preprocessing.std.cpu().double()
+    scale, shift = 1 / std, -mean / std  # (1, 3, 1, 1)
+    # `mean` and `std` follow the order of the weights, and a grey image is the same in any order.
+    parts = [(weight.double() * part).sum(1, keepdim=True) for part in (scale, shift)]
+    return torch.cat(parts, 1).to(weight.dtype)
 
 
 def _find_first(model: Classifier, images: Tensor) -> str:

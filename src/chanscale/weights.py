@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -120,6 +120,11 @@ def describe_tensor(tensor: Tensor) -> TensorEntry:
     array = np.ascontiguousarray(tensor.float().numpy(), dtype="<f4")
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorEntry(tuple(tensor.shape), dtype, hashlib.sha256(array.data).hexdigest())
+
+
+def combine_digests(entries: Iterable[TensorEntry]) -> str:
+    """Return the digest that stands for all tensors of a backbone, in the order of its state dict."""
+    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
 
 
 def verify_tensors(tensors: Mapping[str, Tensor], manifest: Mapping[str, TensorEntry], where: str) -> None:
@@ -253,6 +258,6 @@ def _status(backbone: Backbone) -> WeightsStatus:
     except WeightsError:
         path = None
     size = sum(4 * math.prod(entry.shape) for entry in manifest.values())
-    digest = hashlib.sha256("".join(entry.sha256 for entry in manifest.values()).encode()).hexdigest()
+    digest = combine_digests(manifest.values())
     files = {source.filename: source.manual for source in backbone.sources}
     return WeightsStatus(backbone.name, path, size, backbone.licence, backbone.origin, digest, files)
