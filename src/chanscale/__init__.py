@@ -21,12 +21,15 @@ _HOMES = {
     "attach_scales": "attaching",
     "channel_groups": "proof",
     "evaluate": "evaluation",
+    "export_run": "export.forms",
     "fit": "training",
     "load_backbone": "backbones",
     "load_model": "artifact",
     "merge_scales": "attaching",
     "open_images": "data.sources",
     "prune_channels": "pruning",
+    "restore_model": "delta",
+    "save_delta": "delta",
     "save_model": "artifact",
     "scale_and_select": "pipeline",
     "select_channels": "selection",
@@ -46,12 +49,15 @@ __all__ = [
     "attach_scales",
     "channel_groups",
     "evaluate",
+    "export_run",
     "fit",
     "load_backbone",
     "load_model",
     "merge_scales",
     "open_images",
     "prune_channels",
+    "restore_model",
+    "save_delta",
     "save_model",
     "scale_and_select",
     "select_channels",
@@ -68,8 +74,10 @@ if TYPE_CHECKING:
     from chanscale.config import FitConfig
     from chanscale.data.phantoms import write_phantoms
     from chanscale.data.sources import open_images
+    from chanscale.delta import restore_model, save_delta
     from chanscale.errors import ChanscaleError
     from chanscale.evaluation import evaluate
+    from chanscale.export.forms import export_run
     from chanscale.pipeline import scale_and_select
     from chanscale.proof import channel_groups
     from chanscale.pruning import prune_channels

@@ -8,6 +8,8 @@ import typer
 
 from chanscale.commands import UnfinishedRun, app
 from chanscale.compare_command import compare
+from chanscale.delta_commands import restore, verify
+from chanscale.deploy_commands import export, latency
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 
@@ -16,7 +18,8 @@ FAILED, INTERRUPTED = 2, 130
 # Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
 CHATTY = "lightning_fabric.utilities.rank_zero"
 
-app.command()(compare)
+for command in (compare, export, latency, restore, verify):
+    app.command()(command)
 
 
 def main() -> None:

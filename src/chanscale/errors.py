@@ -10,7 +10,8 @@ ChanscaleError
 ├── ModelError                  the network cannot be scaled or pruned
 │   ├── UnsupportedTopologyError
 │   ├── EmptySelectionError     a selection would remove nothing, or all of a layer
-│   └── InexactRemovalError     the pruned network differs from the masked one
+│   ├── InexactRemovalError     the pruned network differs from the masked one
+│   └── InexactExportError      what was exported computes something else
 ├── BudgetError                 the budget cannot be met on this network
 ├── TrainingError               training broke down (a loss that is not finite)
 └── ArtifactError               a run folder or a model file is missing, foreign or damaged
@@ -61,6 +62,10 @@ class EmptySelectionError(ModelError):
 
 class InexactRemovalError(ModelError):
     """The pruned network differs from the masked one."""
+
+
+class InexactExportError(ModelError):
+    """What was exported computes something else than the model."""
 
 
 class BudgetError(ChanscaleError):

@@ -35,6 +35,18 @@ class PooledHead(nn.Module):
             logits: Tensor = self.linear(standardise(features, mean, variance))
         return logits
 
+    def class_map(self, x: Tensor) -> Tensor:
+        """Return where the evidence lies in a feature map (N, C, *): (N, outputs, *), whose mean is the logit.
+
+        With stored statistics the head is linear in the features, and those are means over the map (Zhou et al. 2016,
+        eq. 2): the same weights at each position, and the bias spread evenly.
+        """
+        varies, deviation = _spread(self.variance)
+        factor = self.linear.weight * varies / deviation
+        at_mean = self.linear.bias - factor @ self.mean
+        maps = factor @ x.to(factor.dtype).flatten(2) + at_mean[:, None]
+        return maps.reshape(x.shape[0], -1, *x.shape[2:])
+
     def pool(self, x: Tensor) -> Tensor:
         """Return features (N, C): the mean of each map of (N, C, *), in fp32 or better."""
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -50,9 +62,14 @@ class PooledHead(nn.Module):
 
 def standardise(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Return features (N, C) at mean 0 and variance 1; a channel that never varies gives 0."""
+    varies, deviation = _spread(variance)
+    return (features - mean) * varies / deviation
+
+
+def _spread(variance: Tensor) -> tuple[Tensor, Tensor]:
     varies = variance > 0
     # A root of 0 has no gradient; the constant channel is replaced before the root is taken.
-    return (features - mean) * varies / torch.where(varies, variance, 1.0).sqrt()
+    return varies, torch.where(varies, variance, 1.0).sqrt()
 
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:

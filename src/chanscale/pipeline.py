@@ -33,9 +33,10 @@ from chanscale.originals import Original, open_original
 from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
-from chanscale.runs import NOTICE, RunFolder
+from chanscale.runs import RunFolder
 from chanscale.state import Best, TrainingState
 from chanscale.training import fit, start
+from chanscale.wording import NOTICE
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ import io
 import json
 import logging
 import re
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from chanscale.errors import ArtifactError, ModelError, one_line
 from chanscale.files import write_atomically
@@ -61,22 +63,44 @@ def save_program(model: nn.Module, shape: tuple[int, ...], path: Path) -> str:
 
     Raises ModelError when the network cannot be exported.
     """
-    plain = copy.deepcopy(model).cpu().eval()
+    batch = {0: torch.export.Dim("batch", min=1)}
+    content = pack_program(trace_program(model, shape, batch))
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+@torch.no_grad()
+def trace_program(model: nn.Module, shape: tuple[int, ...], dynamic: Mapping[int, Any]) -> ExportedProgram:
+    """Return `model` in eval as a program for images of `shape` (C, H, W), and of others where it is `dynamic`.
+
+    `dynamic`: torch.export.Dim by axis of (N, C, H, W). Raises ModelError when the network cannot be exported.
+    """
+    with quiet():
+        plain = copy.deepcopy(model).cpu().eval()
     for module in plain.modules():  # what lies in memory in another order is written with a warning
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach().contiguous(), requires_grad=False)
     # An archive keeps the example that it was exported with: no image of a patient.
     example = torch.zeros(2, *shape)
-    content = io.BytesIO()
     try:
-        with _quiet():
-            batch = {0: torch.export.Dim("batch", min=1)}
-            torch.export.save(torch.export.export(plain, (example,), dynamic_shapes=(batch,)), content)
+        with quiet():
+            program = torch.export.export(plain, (example,), dynamic_shapes=(dict(dynamic),))
     except Exception as error:  # whatever torch.export finds in the user's forward
         raise ModelError(f"the network cannot be exported: {one_line(error)[:200]}") from error
-    write_atomically(path, content.getvalue())
-    return hashlib.sha256(content.getvalue()).hexdigest()
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
+
+
+def pack_program(program: ExportedProgram) -> bytes:
+    """Return the archive of a program."""
+    content = io.BytesIO()
+    with quiet():
+        torch.export.save(program, content)
+    return content.getvalue()
 
 
 def load_program(
@@ -95,7 +119,7 @@ def load_program(
         raise ArtifactError(f"{path} is not the program that was saved with this model; {advice}")
     try:
         _require_plain(content)
-        with bare_tensors(), _quiet():
+        with bare_tensors(), quiet():
             graph = torch.export.load(io.BytesIO(content)).module()
     except Exception as error:  # a damaged archive makes torch raise whatever it comes to first
         raise ArtifactError(f"{path} is no program ({one_line(error)[:150]}); {advice}") from error
@@ -115,11 +139,13 @@ def _require_plain(content: bytes) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from writing graphs and tracebacks beside our one line."""
+def quiet() -> Iterator[None]:
+    """Keep torch from writing graphs and tracebacks beside our one line, and from warning of what it uses itself."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)

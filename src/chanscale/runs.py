@@ -25,8 +25,6 @@ from chanscale.state import TrainingState
 
 _log = logging.getLogger(__name__)
 
-NOTICE = "Research software: not a medical device, and no output of it is a diagnosis."
-
 
 class RunFolder:
     """One run on disk. Until `finish`, everything lies in `<out>.partial`, from where `--resume` goes on."""

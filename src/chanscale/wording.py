@@ -1,4 +1,6 @@
-"""Numbers and names as people read them."""
+"""Numbers and names as people read them, and what all results say."""
+
+NOTICE = "Research software: not a medical device, and no output of it is a diagnosis."
 
 
 def printable(name: str) -> str:
@@ -17,6 +19,11 @@ def shorten(number: float) -> str:
 def percent(share: float) -> str:
     """Return a share in percent, with one digit: `96.4 %`."""
     return f"{100 * share:.1f} %"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time with three digits: `45.9 ms`."""
+    return f"{1000 * seconds:#.3g}".rstrip(".") + " ms" if seconds < 9.995 else f"{1000 * seconds:,.0f} ms"
 
 
 def size_on_disk(count: float) -> str:

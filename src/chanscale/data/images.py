@@ -41,8 +41,8 @@ _UPRIGHT: dict[int, Callable[[NDArray[np.generic]], NDArray[np.generic]]] = {
 }
 
 
-def read_image(source: Source, *, size: int, name: str | None = None) -> Pixels:
-    """Decode one image and resize it to a square, keeping all its grey levels.
+def read_image(source: Source, *, size: int | None, name: str | None = None) -> Pixels:
+    """Decode one image and resize it to a square, keeping all its grey levels; with no `size`, as large as it is.
 
     Returns (C, size, size), 0 to 65535, C = 1 (grey) or 3 (RGB). An 8-bit value v becomes exactly 257 v; a
     16-bit value stays. The aspect ratio is not kept: the image is squashed, so nothing of it is cut off. An
@@ -53,7 +53,8 @@ def read_image(source: Source, *, size: int, name: str | None = None) -> Pixels:
     label = name or ("array" if isinstance(source, np.ndarray) else str(source))
     try:
         pixels = _check_array(source) if isinstance(source, np.ndarray) else _decode(Path(source))
-        return _resize(_widen(pixels), size)
+        planes = _widen(pixels)
+        return planes if size is None else _resize(planes, size)
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{label}: {error}") from error
     # Decoders raise nearly anything on a damaged file: OSError, SyntaxError, struct.error, MemoryError ...

@@ -143,7 +143,7 @@ def decode_images(
     needs it.
     """
     records = images.records
-    with closing(_map_ahead(count_channels, map(_source, records), workers=workers)) as counts:
+    with closing(_map_ahead(count_channels, map(source_of, records), workers=workers)) as counts:
         shape = (len(records), max(counts), image_size, image_size)
     fits = math.prod(shape) * np.dtype(np.uint16).itemsize <= _find_cache_bytes(cache_bytes)
     cache = np.empty(shape, dtype=np.uint16) if fits else None
@@ -192,14 +192,15 @@ def _decode_all(
     return bad
 
 
-def _source(record: ImageRecord) -> Source:
+def source_of(record: ImageRecord) -> Source:
+    """Return where the pixels of an image are: its file, or an array."""
     if record.pixels is not None:
         return record.pixels
     return record.path or record.name
 
 
 def _read(record: ImageRecord, image_size: int, channels: int) -> Pixels:
-    pixels = read_image(_source(record), size=image_size, name=str(record.path or record.name))
+    pixels = read_image(source_of(record), size=image_size, name=str(record.path or record.name))
     return np.broadcast_to(pixels, (channels, image_size, image_size))
 
 

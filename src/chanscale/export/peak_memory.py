@@ -1,0 +1,45 @@
+"""The most memory that a network takes: measured in a process that does nothing but open it, and run it once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from chanscale.errors import ModelError, one_line
+
+MEASURE = """
+import sys
+import psutil, numpy as np
+path, threads, *shape = sys.argv[1:]
+pixels = np.zeros([int(side) for side in shape], np.float32)
+if path.endswith(".onnx"):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    before = psutil.Process().memory_info().rss
+    onnxruntime.InferenceSession(path, options).run(None, {"pixels": pixels})
+else:
+    import torch
+    torch.set_num_threads(int(threads))
+    before = psutil.Process().memory_info().rss
+    with torch.no_grad():
+        torch.export.load(path).module()(torch.from_numpy(pixels))
+import resource
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - before)
+"""
+"""The program of that process. It imports nothing of ours: what it holds is the runtime and the network."""
+
+
+def measure_peak_memory(graph: Path, shape: tuple[int, ...], *, threads: int) -> int:
+    """Return the bytes that opening `graph` (.onnx or .pt2) and running it on pixels of `shape` takes at most.
+
+    What the runtime itself takes, without a network, is not counted. Raises ModelError.
+    """
+    arguments = [str(graph), str(threads), *map(str, shape)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+        )  # fmt: skip
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or [one_line(error)])[-1]
+        raise ModelError(f"the memory of {graph.name} could not be measured: {reason[:200]}") from error
+    return max(0, int(done.stdout))

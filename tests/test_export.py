@@ -1,0 +1,233 @@
+"""What `chanscale export` writes is what the run computes, or it is not written."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from chanscale import cli, export_run, load_model, scale_and_select
+from chanscale.errors import ArtifactError, ConfigError, InexactExportError, ModelError
+from chanscale.export import agreement, forms
+from chanscale.export.agreement import compare, predict_image, raw_pixels
+from chanscale.export.examples import draw_examples, read_whole
+from chanscale.export.onnx_file import export_onnx
+from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session
+from networks import plain_trunk, randomise
+from test_cli import OPTIONS, draw, error_of, files_below, words
+from tiny_backbone import register
+from tiny_fits import tiny_config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of the tiny backbone, and its images."""
+    folder = tmp_path_factory.mktemp("made")
+    data, run = draw(folder / "images"), folder / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch.setitem, monkeypatch.setattr)
+        assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS]) == 0
+        yield run, data
+
+
+@pytest.fixture(scope="module")
+def graph(made):
+    """The ONNX file of the run, as bytes, and the run's model."""
+    model, info = load_model(made[0])
+    return export_onnx(model, info, draw_examples(grey_only=False))[0], model, info
+
+
+# --- ONNX
+
+
+def test_the_graph_says_what_the_run_says_of_images_of_any_size_grey_or_colour(graph):
+    content, model, info = graph
+    agreed = compare(run_session(open_session(content)), model, info, draw_examples(12, grey_only=False))
+    assert agreed.images == 12
+    assert agreed.difference < 1e-5
+
+
+def test_a_batch_is_its_images_one_by_one(graph):
+    run = run_session(open_session(graph[0]))
+    pixels = np.concatenate([raw_pixels(image[:, :90, :90]) for image in draw_examples(3, grey_only=True)])
+    found = run(pixels)
+    assert found.shape == (3, 2)
+    assert np.allclose(found, np.concatenate([run(image[None]) for image in pixels]), atol=1e-6)
+    assert np.allclose(found.sum(1), 1, atol=1e-6)
+
+
+def test_the_mean_of_the_class_map_gives_the_probability(graph):
+    image = next(draw_examples(grey_only=True))
+    probabilities, maps = open_session(graph[0]).run([PROBABILITIES, CLASS_MAP], {INPUT: raw_pixels(image)})
+    assert maps.shape[:2] == (1, 1)
+    assert 1 / (1 + np.exp(-maps.mean())) == pytest.approx(probabilities[0, 1], abs=1e-5)
+
+
+def test_the_graph_states_its_axes_its_opset_and_that_it_is_no_device(graph):
+    proto = onnx.load_from_string(graph[0])
+    onnx.checker.check_model(proto, full_check=True)
+    [pixels] = proto.graph.input
+    axes = [axis.dim_param for axis in pixels.type.tensor_type.shape.dim]
+    assert (pixels.name, axes) == (INPUT, ["batch", "channels", "height", "width"])
+    assert [output.name for output in proto.graph.output] == [PROBABILITIES, CLASS_MAP]
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 20)]
+    told = json.loads({entry.key: entry.value for entry in proto.metadata_props}["chanscale"])
+    assert told["classes"] == ["clear", "spot"]
+    assert "not a medical device" in told["notice"]
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_no_file_of_this_machine_is_named(made, tmp_path, form):
+    content = export_run(made[0], form, out=tmp_path / "exported").path.read_bytes()
+    assert b".py" not in content
+    assert str(made[0]).encode() not in content
+
+
+def test_a_filter_times_its_scale_is_what_the_graph_holds(graph):
+    content, model, _ = graph
+    held = {
+        entry.name: onnx.numpy_helper.to_array(entry)
+        for entry in onnx.load_from_string(content).graph.initializer
+    }
+    layer = model.get_submodule("trunk.features.3")
+    wanted = layer.weight * layer.channel_scale.weight[:, None, None, None]
+    assert np.array_equal(held["network.trunk.features.3.weight"], wanted.detach().numpy())
+
+
+# --- a program
+
+
+def test_the_program_runs_without_our_code_and_says_the_same(made, tmp_path):
+    exported = export_run(made[0], "torch", out=tmp_path / "model.pt2")
+    assert exported.agreement.difference < 1e-5
+    model, info = load_model(made[0])
+    graph = torch.export.load(exported.path).module()
+    for image in draw_examples(4, grey_only=False):
+        found, maps = graph(torch.from_numpy(raw_pixels(image)))
+        assert np.allclose(found.numpy(), predict_image(model, info, image), atol=1e-5)
+        assert maps.dim() == 4
+
+
+def test_a_network_of_the_users_own_is_exported_from_its_program(made, tmp_path):
+    run = scale_and_select(
+        randomise(plain_trunk()),
+        made[1],
+        config=tiny_config(group_pattern=r"^(\d+)_", image_size=32),
+        out=tmp_path / "own",
+    )
+    assert load_model(run.folder)[1].rebuilt_by == "program"
+    exported = export_run(run.folder)
+    assert exported.agreement.difference < 1e-5
+    assert len(onnx.load(exported.path).graph.output) == 1
+
+
+# --- int8
+
+
+def test_int8_is_calibrated_on_training_images_and_judged_on_the_others(made, tmp_path, monkeypatch):
+    run, data = made
+    read = []
+    monkeypatch.setattr(
+        forms, "read_whole", lambda images, indices: read.append(list(indices)) or read_whole(images, indices)
+    )
+    monkeypatch.setattr("chanscale.export.int8_trial.SECONDS", 0.0)
+    exported = export_run(run, out=tmp_path / "small.onnx", images=data, int8=True)
+    _, splits = forms.open_own_images(data, run / "model.safetensors", load_model(run)[1])
+    assert set(read[1]) <= set(splits.train)
+    assert len(read[1]) == len(splits.train)
+    trial = exported.int8
+    assert trial.images == len(splits.test)
+    assert 0.5 < trial.auc_fp32 <= 1
+    assert abs(trial.auc - trial.auc_fp32) < 0.1
+    assert 0 < trial.largest_change < 0.2
+    kinds = [entry.data_type for entry in onnx.load(exported.path).graph.initializer]
+    assert kinds.count(onnx.TensorProto.INT8) >= 3  # the weights of three convolutions
+
+
+def test_int8_wants_the_images_and_onnx(made):
+    with pytest.raises(ConfigError, match="--images"):
+        export_run(made[0], int8=True)
+    with pytest.raises(ConfigError, match="ONNX alone"):
+        export_run(made[0], "torch", images=made[1], int8=True)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_what_differs_is_not_written(made, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(agreement, "predict_image", lambda *_: np.array([[0.3, 0.7]], np.float32))
+    with pytest.raises(InexactExportError, match="nothing was written"):
+        export_run(made[0], form, out=tmp_path / "model")
+    assert files_below(tmp_path) == {}
+
+
+def test_a_probability_that_is_no_number_is_a_difference(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement, "predict_image", lambda *_: np.full((1, 2), np.nan, np.float32))
+    with pytest.raises(InexactExportError, match="nan"):
+        export_run(made[0], out=tmp_path / "model.onnx")
+    assert files_below(tmp_path) == {}
+
+
+def test_an_exporter_that_fails_is_one_line(made, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such\noperator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ModelError, match=r"^the network cannot be written as ONNX: no such operator$"):
+        export_run(made[0], out=tmp_path / "model.onnx")
+    assert files_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "onnxscript"])
+def test_a_missing_extra_says_how_to_get_it(made, tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    line = error_of(capsys, ["export", made[0], "--out", tmp_path / "model.onnx"])
+    assert line == f"error: this needs {missing}: pip install 'chanscale[export]'"
+    assert files_below(tmp_path) == {}
+
+
+def test_images_of_another_run_are_refused(made, tmp_path, capsys):
+    other = draw(tmp_path / "other", patients=6)
+    line = error_of(capsys, ["export", made[0], "--images", other])
+    assert "splits.csv" in line
+
+
+def test_a_model_file_without_its_run_cannot_tell_its_test_images(made, tmp_path):
+    alone = tmp_path / "model.safetensors"
+    alone.write_bytes((made[0] / "model.safetensors").read_bytes())
+    assert export_run(alone).path == tmp_path / "model.onnx"
+    with pytest.raises(ArtifactError, match=r"no config\.yaml and splits\.csv"):
+        export_run(alone, images=made[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "there is no model at nowhere"),
+        (["{run}", "--out", "no/folder/model.onnx"], "there is no folder"),
+        (["{run}", "--format", "web", "--out", "."], "exists already"),
+    ],
+)
+def test_bad_input_gets_one_line(made, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in error_of(capsys, ["export", *(argument.format(run=made[0]) for argument in arguments)])
+    assert files_below(tmp_path) == {}
+
+
+# --- the command
+
+
+def test_the_command_writes_into_the_run_and_says_how_well_it_agrees(made, capsys):
+    run, data = made
+    assert cli.run(["export", str(run), "--images", str(data), "--json"]) == 0
+    told = json.loads(words(capsys)[0])
+    assert told["path"] == str(run / "model.onnx")
+    assert told["size"] == (run / "model.onnx").stat().st_size
+    assert told["agreement"]["images"] == 8
+    assert told["agreement"]["difference"] < 1e-5
+    assert cli.run(["export", str(run), "--format", "torch"]) == 0
+    assert "Largest difference of a probability from the run's" in words(capsys)[0]
+    assert (run / "model.pt2").is_file()
