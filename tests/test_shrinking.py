@@ -152,3 +152,17 @@ def test_channels_that_cost_more_weigh_more_and_uniform_ones_weigh_the_same():
         saved, weights = COST.per_channel(of), channel_weights(of, COST)
         assert sorted(WIDTHS, key=saved.get) == sorted(WIDTHS, key=weights.get)
         assert len(set(weights.values())) == len(WIDTHS)
+
+
+@torch.no_grad()
+def test_channels_that_the_least_width_holds_are_not_pressed_to_nothing():
+    model = penalty(WidthRule(round_to=4), weigh_by="uniform")
+    scales = draw_scales()
+    first, *others = scales.parameters.values()
+    first.copy_(torch.linspace(0.1, 0.2, 6))  # less important than all that must go
+    held, batches = first[2:].clone(), 10
+    for done in range(batches):
+        model.shrink(scales, Pace(0.6, batches - done, batches))
+    assert (first[2:] > 0.7 * held).all()
+    assert first[:2].tolist() == [0, 0]
+    assert any((scale == 0).any() for scale in others)

@@ -49,6 +49,10 @@ class WidthRule:
         rounded = -(-max(wanted, -(-self.minimum // size), 1) // multiple) * multiple
         return min(rounded, width)
 
+    def floor(self, name: str, width: int) -> int:
+        """Return the least width that a group of `width` channels can come to."""
+        return self.apply(name, 1, width)
+
 
 def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | None = None) -> ChannelSelection:
     """Keep the channels whose norm, |scale| where there is one, is above `threshold`, and what the rule adds.
@@ -75,7 +79,7 @@ def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | Non
 def keep_above(importance: Mapping[str, Tensor], *, threshold: float, rule: WidthRule) -> ChannelSelection:
     """Keep each group's channels above `threshold`, and the next best ones until its width obeys the rule."""
     wanted = {name: int((values > threshold).sum()) for name, values in importance.items()}
-    return _take(_by_size(importance), _apply(rule, wanted, importance))
+    return _take(by_size(importance), _apply(rule, wanted, importance))
 
 
 def keep_within(
@@ -91,7 +95,7 @@ def keep_within(
     values = torch.cat([importance[name] for name in names]).cpu()
     order = values.argsort(stable=True)
     group_of = torch.cat([torch.full((len(importance[name]),), i) for i, name in enumerate(names)])[order]
-    largest = _by_size(importance)
+    largest = by_size(importance)
 
     def widths_after(removed: int) -> dict[str, int]:
         gone = torch.bincount(group_of[:removed], minlength=len(names)).tolist()
@@ -117,7 +121,7 @@ def _apply(rule: WidthRule, wanted: Widths, importance: Mapping[str, Tensor]) ->
     return {name: rule.apply(name, width, len(importance[name])) for name, width in wanted.items()}
 
 
-def _by_size(importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_size(importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the channels of each group, the most important first."""
     # Stable, where `topk` is not: equal scales are told apart in the same way on every machine.
     return {name: values.cpu().argsort(descending=True, stable=True) for name, values in importance.items()}

@@ -11,6 +11,8 @@ those that matter show it by holding on. In the end it shrinks what stays along 
 layers of that leave no signal to learn from. A concave penalty takes (pivot / importance)^concavity times as
 much: more off the small, little off the large (reweighted L1, Candes, Wakin & Boyd 2008, section 2). So the
 concavity grows from 0 to its full value along the phase (graduated non-convexity, Blake & Zisserman 1987).
+
+The last channels of a group, which the least width holds, are not pressed once they are less important than the pivot.
 """
 
 from collections.abc import Mapping
@@ -24,7 +26,7 @@ from chanscale.config import FitConfig, Weighting
 from chanscale.costs import TrunkCost
 from chanscale.errors import BudgetError
 from chanscale.group_scales import GroupScales
-from chanscale.selection import ChannelSelection, WidthRule, keep_above, keep_within
+from chanscale.selection import ChannelSelection, WidthRule, by_size, keep_above, keep_within
 
 TINY = 1e-12
 
@@ -75,7 +77,7 @@ class BudgetPenalty:
         step, factors = pivot / pace.batches_left, self._factors(importance, pivot, pace)
         # Said outright: a weight that is divided by and multiplied with may leave a last bit.
         steps = {
-            name: (factors[name] * step).masked_fill(values <= step, torch.inf)
+            name: (factors[name] * step).masked_fill((values <= step) & (factors[name] > 0), torch.inf)
             for name, values in importance.items()
         }
         scales.shrink(steps)
@@ -126,11 +128,24 @@ class BudgetPenalty:
     def _factors(self, importance: Mapping[str, Tensor], pivot: float, pace: Pace) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
         exponent = self.config.concavity * pace.progress
+        held = self._held(importance, pivot)
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.
         return {
-            name: self._weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
+            name: ~held[name]
+            * self._weights[name]
+            * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
             for name, values in importance.items()
         }
+
+    def _held(self, importance: Mapping[str, Tensor], pivot: float) -> dict[str, Tensor]:
+        """Return which channels stay although less important than the pivot: their group cannot do with fewer.
+
+        Pressed on, they would come to next to nothing and stay, and a layer of such channels lets no signal through.
+        """
+        held = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in importance.items()}
+        for name, order in by_size(importance).items():
+            held[name][order[: self.rule.floor(name, len(order))].to(held[name].device)] = True
+        return {name: held[name] & (values <= pivot) for name, values in importance.items()}
 
     def _importance(self, scales: GroupScales) -> dict[str, Tensor]:
         return {name: norms / self._weights[name] for name, norms in scales.norms().items()}
