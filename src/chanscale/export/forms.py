@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from chanscale.artifact import ModelInfo, load_model, model_path
-from chanscale.classifier import Classifier
-from chanscale.config import FitConfig
 from chanscale.data.images import Pixels
-from chanscale.data.sources import ImageSet, open_images
-from chanscale.data.splits import Splits, read_splits
+from chanscale.data.sources import ImageSet
+from chanscale.data.splits import Splits
 from chanscale.delta import save_delta
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.export.agreement import Agreement
@@ -22,7 +20,7 @@ from chanscale.export.program_file import export_program
 from chanscale.export.quantising import CALIBRATION, quantise_onnx
 from chanscale.export.web import build_page
 from chanscale.files import require_writable, write_atomically
-from chanscale.programs import Program
+from chanscale.own_images import judged_images, open_own_images
 from chanscale.wording import NOTICE
 
 Form = Literal["onnx", "torch", "web", "delta"]
@@ -34,8 +32,8 @@ FILES: dict[str, str] = {
 INT8_FILE = "model.int8.onnx"
 """What each form is called in a run folder, unless another path is given."""
 
-CHECKED = 50
-"""On how many images an export is compared with the run, if so many are given."""
+CHECKED, PHANTOMS = 50, 8
+"""On how many images an export is compared with the run: of those given, at most; and without any."""
 
 
 @dataclass(frozen=True)
@@ -71,40 +69,32 @@ def export_run(
     if form == "delta":
         return _describe(save_delta(file, target))
     model, info = load_model(file)
-    own = None if images is None else open_own_images(Path(images), file, info)
-    grey_only = takes_grey_alone(model, info)
-    examples = (
-        read_whole(own[0], spread(judged(own[1]), CHECKED)) if own else draw_examples(grey_only=grey_only)
-    )
-    if progress:
-        examples = _counted(examples, progress)
+    own = open_own_images(Path(images), file, info) if images is not None else None
+    examples = _examples(own, grey_only=takes_grey_alone(model, info), progress=progress)
     if form == "torch":
         content, agreement = export_program(model, info, examples)
         return _write(target, content, agreement)
     graph, agreement = export_onnx(model, info, examples)
     if form == "web":
-        return _describe(_build_page(graph, target, model, info), agreement)
+        page = build_page(
+            graph, target, classes=info.classes, name=file.absolute().parent.name, channels=info.channels,
+            grey_only=takes_grey_alone(model, info), notice=NOTICE, progress=progress,
+        )  # fmt: skip
+        return _describe(page, agreement)
     if own and int8:
-        return _quantise(graph, target, info, own, agreement, progress)
+        graph, trial = _quantise(graph, *own, info, progress)
+        return _write(target, graph, agreement, trial)
     return _write(target, graph, agreement)
 
 
-def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, Splits]:
-    """Return the images at `path`, and which of them the run of the model at `file` was trained on.
-
-    Raises DataError, and ArtifactError where the run does not say.
-    """
-    config, splits = file.with_name("config.yaml"), file.with_name("splits.csv")
-    if not (config.is_file() and splits.is_file()):
-        raise ArtifactError(f"beside {file} lie no config.yaml and splits.csv, which tell its test images")
-    pattern = FitConfig.read(config).group_pattern
-    images = open_images(path, group_pattern=pattern, classes=info.classes)
-    return images, read_splits(splits, images)
-
-
-def judged(splits: Splits) -> tuple[int, ...]:
-    """Return the images to judge an export on: the test images, or those of validation where there are none."""
-    return splits.test or splits.validation
+def _examples(
+    own: tuple[ImageSet, Splits] | None, *, grey_only: bool, progress: Progress | None
+) -> Iterator[Pixels]:
+    """Yield the images to compare an export with the run on."""
+    if own is None:
+        return _counted(draw_examples(PHANTOMS, grey_only=grey_only), "checking images", PHANTOMS, progress)
+    chosen = spread(judged_images(own[1]), CHECKED)
+    return _counted(read_whole(own[0], chosen), "checking images", len(chosen), progress)
 
 
 def _find_target(file: Path, form: str, out: str | Path | None, *, int8: bool) -> Path:
@@ -121,34 +111,22 @@ def _find_target(file: Path, form: str, out: str | Path | None, *, int8: bool) -
     return target
 
 
-def _build_page(graph: bytes, folder: Path, model: Classifier | Program, info: ModelInfo) -> Path:
-    return build_page(
-        graph, folder, classes=info.classes, name=folder.absolute().parent.name, channels=info.channels,
-        grey_only=takes_grey_alone(model, info), notice=NOTICE,
-    )  # fmt: skip
-
-
 def _quantise(
-    graph: bytes, target: Path, info: ModelInfo, own: tuple[ImageSet, Splits],
-    agreement: Agreement, progress: Progress | None,
-) -> Exported:  # fmt: skip
-    images, splits = own
+    graph: bytes, images: ImageSet, splits: Splits, info: ModelInfo, progress: Progress | None
+) -> tuple[bytes, Int8Trial]:
     chosen = spread(splits.train, CALIBRATION)
-    calibration = read_whole(images, chosen)
-    if progress:
-        calibration = _counted(calibration, progress, "calibrating", len(chosen))
-    small = quantise_onnx(graph, calibration)
-    trial = try_int8(graph, small, images, judged(splits), info, progress=progress)
-    return _write(target, small, agreement, trial)
+    whole = _counted(read_whole(images, chosen), "calibrating", len(chosen), progress)
+    small = quantise_onnx(graph, whole)
+    return small, try_int8(graph, small, images, judged_images(splits), info, progress=progress)
 
 
-def _counted(
-    images: Iterator[Pixels], progress: Progress, what: str = "checking images", total: int = CHECKED
-) -> Iterator[Pixels]:
+def _counted(images: Iterator[Pixels], what: str, total: int, progress: Progress | None) -> Iterator[Pixels]:
     for done, image in enumerate(images):
-        progress(what, done, total)
+        if progress:
+            progress(what, done, total)
         yield image
-    progress(what, total, total)
+    if progress:
+        progress(what, total, total)
 
 
 def _write(target: Path, content: bytes, agreement: Agreement, int8: Int8Trial | None = None) -> Exported:

@@ -1,0 +1,27 @@
+"""The images that a run was made of, opened again, and which of them it was trained on."""
+
+from pathlib import Path
+
+from chanscale.artifact import ModelInfo
+from chanscale.config import FitConfig
+from chanscale.data.sources import ImageSet, open_images
+from chanscale.data.splits import Splits, read_splits
+from chanscale.errors import ArtifactError
+
+
+def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, Splits]:
+    """Return the images at `path`, and the split of the run whose model file is `file`.
+
+    Raises DataError when they are not that run's images, ArtifactError where the run does not say which they are.
+    """
+    config, splits = file.with_name("config.yaml"), file.with_name("splits.csv")
+    if not (config.is_file() and splits.is_file()):
+        raise ArtifactError(f"beside {file} lie no config.yaml and splits.csv, which tell its test images")
+    pattern = FitConfig.read(config).group_pattern
+    images = open_images(path, group_pattern=pattern, classes=info.classes)
+    return images, read_splits(splits, images)
+
+
+def judged_images(splits: Splits) -> tuple[int, ...]:
+    """Return the images to judge what comes of a run on: the test images; where there are none, those of validation."""
+    return splits.test or splits.validation
