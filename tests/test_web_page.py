@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chanscale.artifact import load_model
+from chanscale.export.examples import draw_examples
+from chanscale.export.onnx_file import export_onnx
 from chanscale.export.web import RUNTIME, build_page
 from chanscale.files import is_file
+from chanscale.predictions import predict_images
 from chanscale.weights import cache_folder
 from chanscale.wording import NOTICE
 
@@ -22,6 +26,7 @@ pytest.importorskip("onnxruntime", reason="needs: pip install 'chanscale[export]
 playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 
 from standin_model import run_model, standin  # noqa: E402
+from test_export import made  # noqa: E402, F401  # a fixture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOLERANCE = 1e-3
@@ -166,6 +171,19 @@ def test_probabilities_of_chest_radiographs_equal_those_of_onnx_runtime(two, nih
         with Image.open(film) as image:
             image.save(tmp_path / f"{film.stem}.jpg", quality=90)
         assert_same_probabilities(two, tmp_path / f"{film.stem}.jpg")
+
+
+def test_the_page_of_a_run_says_what_predict_says(made, open_site, nih_opacity):  # noqa: F811
+    model, info = load_model(made[0])
+    graph, _ = export_onnx(model, info, draw_examples(grey_only=False))
+    site = open_site(graph, info.classes)
+    films = sorted(nih_opacity.glob("*/*.png"))[:600:120]
+    said = []
+    for film in films:
+        site.choose(film)
+        said.append(site.probabilities())
+    np.testing.assert_allclose(said, predict_images(model, info, films).probabilities, atol=TOLERANCE)
+    assert np.ptp(said, axis=0).min() > 0.01
 
 
 def test_a_turned_photograph_is_seen_upright(two, tmp_path):

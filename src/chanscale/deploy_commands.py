@@ -65,9 +65,7 @@ def latency(
     seconds: Annotated[
         float, typer.Option(min=0.1, help="About how long to measure each runtime and batch.")
     ] = 20.0,
-    int8: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="An int8 export of the run, to measure too.")
-    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Measure the run in int8 too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a run against the network it was made of, in PyTorch and in ONNX Runtime.
@@ -113,13 +111,15 @@ def _show_export(exported: "Exported") -> None:
         say(f"int8: AUC {trial.auc:.3f}, in fp32 {trial.auc_fp32:.3f}, on {trial.images} images;")
         say(f"a probability changes by {trial.largest_change:.2f} at most;")
         faster = trial.latency_fp32.median / trial.latency.median
-        say(f"{milliseconds(trial.latency.median)} for an image, {faster:.1f} times as fast as fp32.")
+        say(f"{milliseconds(trial.latency.median)} ms for an image, {faster:.1f} times as fast as fp32.")
 
 
 def _show_race(raced: "Race") -> None:
-    columns = ("runtime", "batch", "network", "median", "quartiles", "faster", "peak memory")
+    columns = ("runtime", "batch", "network", "ms", "quartiles", "faster", "memory")
     out.print(describe_rows(columns, [_row(raced, entry) for entry in raced.entries]))
-    say(f"{raced.image_size} px, {raced.threads} threads; times of a batch, the networks taking turns.")
+    say(
+        f"{raced.image_size} px, {raced.threads} threads; median times of a batch, the networks taking turns."
+    )
     ratio = raced.macs["original"] / raced.macs["small"]
     macs = ", ".join(f"{name} {shorten(count)}" for name, count in raced.macs.items())
     say(f"MACs for an image: {macs} ({ratio:.1f} times fewer).")
@@ -130,6 +130,6 @@ def _row(raced: "Race", entry: "Entry") -> tuple[str, ...]:
     timing = entry.timing
     return (
         entry.runtime, str(entry.batch), entry.network, milliseconds(timing.median),
-        f"{milliseconds(timing.low)} to {milliseconds(timing.high)}",
-        f"{raced.gain(entry):.1f} x", size_on_disk(entry.memory),
+        f"{milliseconds(timing.low)} - {milliseconds(timing.high)}", f"{raced.gain(entry):.1f} x",
+        size_on_disk(entry.memory),
     )  # fmt: skip

@@ -22,8 +22,9 @@ def percent(share: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Return a time with three digits: `45.9 ms`."""
-    return f"{1000 * seconds:#.3g}".rstrip(".") + " ms" if seconds < 9.995 else f"{1000 * seconds:,.0f} ms"
+    """Return a time in milliseconds, with three digits or all before the point: `45.9`, `1,250`."""
+    count = 1000 * seconds
+    return f"{count:,.0f}" if count >= 99.95 else f"{count:#.3g}".rstrip(".")
 
 
 def size_on_disk(count: float) -> str:

@@ -9,6 +9,19 @@ from chanscale.errors import ModelError, one_line
 MEASURE = """
 import sys
 import psutil, numpy as np
+
+
+def peak():
+    if sys.platform == "linux":  # what getrusage says there includes the process that started this one
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 path, threads, *shape = sys.argv[1:]
 pixels = np.zeros([int(side) for side in shape], np.float32)
 if path.endswith(".onnx"):
@@ -23,8 +36,7 @@ else:
     before = psutil.Process().memory_info().rss
     with torch.no_grad():
         torch.export.load(path).module()(torch.from_numpy(pixels))
-import resource
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) - before)
+print(peak() - before)
 """
 """The program of that process. It imports nothing of ours: what it holds is the runtime and the network."""
 

@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import to_channels_last
 from chanscale.export.deployed import DeployedClassifier, deploy, dynamic_axes, example_shape
+from chanscale.export.examples import draw_examples
 from chanscale.export.latency import Timing, draw_pixels, time_in_turns, torch_threads
 from chanscale.export.onnx_file import describe_graph, to_onnx
 from chanscale.export.original import deploy_original
 from chanscale.export.peak_memory import measure_peak_memory
+from chanscale.export.quantising import quantise_onnx
 from chanscale.export.runtime import Floats, Run, open_session, require_extra, run_session
 from chanscale.files import write_atomically
 from chanscale.programs import Program, pack_program, trace_program
@@ -71,14 +73,14 @@ def race(
     batches: Sequence[int] = (1, 32),
     threads: int | None = None,
     seconds: float = 20.0,
-    int8: Path | None = None,
+    int8: bool = False,
     progress: Progress | None = None,
 ) -> Race:
     """Time the model of a run and its original in turns, for about `seconds` each batch size and runtime.
 
-    `image_size`: default, what the run was trained on. `threads`: default, as many as PyTorch would use. `int8`: an
-    int8 export of the run, which is timed too, and resizes to the size that it was exported for. Raises ConfigError
-    without the extra, ArtifactError, WeightsError.
+    `image_size`: default, what the run was trained on. `threads`: default, as many as PyTorch would use. `int8`: the
+    run in int8 too, with ranges from phantoms, which change no time. Raises ConfigError without the extra,
+    ArtifactError, WeightsError.
     """
     require_extra()
     model, info = load_model(model_path(Path(run)))
@@ -88,7 +90,7 @@ def race(
         SMALL: deploy(model, info, image_size=size),
     }
     with tempfile.TemporaryDirectory(prefix="chanscale-") as folder, torch_threads(threads):
-        lanes = _open_lanes(networks, info, Path(folder), int8, threads=threads)
+        lanes = _open_lanes(networks, info, Path(folder), int8=int8, threads=threads)
         entries = [
             entry
             for batch in batches
@@ -107,7 +109,7 @@ def race(
 
 
 def _open_lanes(
-    networks: dict[str, DeployedClassifier], info: ModelInfo, folder: Path, int8: Path | None, *, threads: int
+    networks: dict[str, DeployedClassifier], info: ModelInfo, folder: Path, *, int8: bool, threads: int
 ) -> tuple[_Lane, _Lane]:
     """Write each network in both forms, and open it in both runtimes; ONNX Runtime comes last."""
     programs = {name: folder / f"{name}.pt2" for name in networks}
@@ -116,7 +118,10 @@ def _open_lanes(
         program = trace_program(network, example_shape(network), dynamic_axes(network))
         write_atomically(programs[name], pack_program(program))
         write_atomically(graphs[name], to_onnx(network, describe_graph(info)))
-    graphs |= {INT8: int8} if int8 else {}
+    if int8:
+        phantoms = draw_examples(grey_only=networks[SMALL].grey_only)
+        graphs[INT8] = folder / f"{INT8}.onnx"
+        write_atomically(graphs[INT8], quantise_onnx(graphs[SMALL].read_bytes(), phantoms))
     sessions = {name: run_session(open_session(graph, threads=threads)) for name, graph in graphs.items()}
     eager = {name: _eager(network) for name, network in networks.items()}
     return _Lane(PYTORCH, eager, programs), _Lane(ONNX_RUNTIME, sessions, graphs)
