@@ -21,10 +21,12 @@ _HOMES = {
     "attach_scales": "attaching",
     "channel_groups": "proof",
     "evaluate": "evaluation",
+    "explain_run": "explain.explanation",
     "export_run": "export.forms",
     "fit": "training",
     "load_backbone": "backbones",
     "load_model": "artifact",
+    "measure_latency": "export.race",
     "merge_scales": "attaching",
     "open_images": "data.sources",
     "prune_channels": "pruning",
@@ -34,6 +36,7 @@ _HOMES = {
     "scale_and_select": "pipeline",
     "select_channels": "selection",
     "soft_threshold": "scaling",
+    "verify_model": "provenance",
     "write_phantoms": "data.phantoms",
 }
 
@@ -49,10 +52,12 @@ __all__ = [
     "attach_scales",
     "channel_groups",
     "evaluate",
+    "explain_run",
     "export_run",
     "fit",
     "load_backbone",
     "load_model",
+    "measure_latency",
     "merge_scales",
     "open_images",
     "prune_channels",
@@ -62,6 +67,7 @@ __all__ = [
     "scale_and_select",
     "select_channels",
     "soft_threshold",
+    "verify_model",
     "write_phantoms",
 ]
 
@@ -77,9 +83,12 @@ if TYPE_CHECKING:
     from chanscale.delta import restore_model, save_delta
     from chanscale.errors import ChanscaleError
     from chanscale.evaluation import evaluate
+    from chanscale.explain.explanation import explain_run
     from chanscale.export.forms import export_run
+    from chanscale.export.race import measure_latency
     from chanscale.pipeline import scale_and_select
     from chanscale.proof import channel_groups
+    from chanscale.provenance import verify_model
     from chanscale.pruning import prune_channels
     from chanscale.scaling import ChannelScale, soft_threshold
     from chanscale.selection import ChannelSelection, select_channels

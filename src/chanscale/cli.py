@@ -12,13 +12,15 @@ from chanscale.delta_commands import restore, verify
 from chanscale.deploy_commands import export, latency
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
+from chanscale.explain_command import explain
+from chanscale.report_command import report
 
 FAILED, INTERRUPTED = 2, 130
 
 # Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
 CHATTY = "lightning_fabric.utilities.rank_zero"
 
-for command in (compare, export, latency, restore, verify):
+for command in (compare, explain, export, latency, report, restore, verify):
     app.command()(command)
 
 

@@ -77,19 +77,15 @@ def verify(
 
     One bit that differs ends it with an error, which names the filter.
     """
-    from chanscale.artifact import load_model, model_path, parse_info, read_model
-    from chanscale.provenance import Origins, prove, require_public
+    from chanscale.artifact import load_model, model_path
+    from chanscale.provenance import Origins, verify_model
 
     file = model_path(run)
-    tensors, metadata = read_model(file)
-    info = parse_info(metadata, file)
-    require_public(info)
-    model, _ = load_model(file)  # nothing but what belongs to the network is in it
     with watching() as watcher:
         origins = Origins(weights=weights, progress=watcher.on_step)
-        proof = prove(tensors, info, origins.find(info))
+        proof = verify_model(file, origins=origins)
     checked = _check_delta(file, delta, origins)
-    graph = _check_graph(onnx, model) if onnx else None
+    graph = _check_graph(onnx, load_model(file)[0]) if onnx else None
     if as_json:
         show_json(
             {

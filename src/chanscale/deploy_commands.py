@@ -74,10 +74,10 @@ def latency(
     """
     from dataclasses import asdict
 
-    from chanscale.export.race import race
+    from chanscale.export.race import measure_latency
 
     with watching() as watcher:
-        raced = race(
+        raced = measure_latency(
             run, image_size=image_size, batches=_parse_batches(batches), threads=threads, seconds=seconds,
             int8=int8, progress=watcher.on_step,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,25 @@ def claiming(folder: Path) -> Iterator[None]:
         raise ArtifactError(f"another process works in {folder}; let it end, or stop it") from error
     except OSError as error:
         raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder beside `folder`, which takes its name at the end, and is removed if that is not reached.
+
+    Raises ArtifactError where it cannot be written.
+    """
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
+    try:
+        with claiming(folder):
+            partial.mkdir()
+            yield partial
+            if os.path.lexists(folder):  # made meanwhile: a rename would take the place of an empty folder
+                raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -1,6 +1,6 @@
 """Figures of merit from probabilities, with bootstrap intervals."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,14 +78,15 @@ def estimate(
     """
     if len(labels) == 0:
         raise DataError("there are no images to evaluate on; choose a test share above 0")
-    draws = list(_resample(groups, resamples, np.random.default_rng(seed)))
+    draws = list(resample(groups, resamples, np.random.default_rng(seed)))
     return {
         name: _interval(metric(probabilities, labels), [metric(probabilities[d], labels[d]) for d in draws])
         for name, metric in metrics.items()
     }
 
 
-def _resample(groups: NDArray[Any], resamples: int, rng: np.random.Generator) -> Any:
+def resample(groups: NDArray[Any], resamples: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
+    """Yield draws of whole groups with replacement: the indices of what they hold, as often as they were drawn."""
     _, inverse = np.unique(groups, return_inverse=True)
     members = [np.flatnonzero(inverse == g) for g in range(inverse.max() + 1)]
     for _ in range(resamples):

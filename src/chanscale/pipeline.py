@@ -26,13 +26,14 @@ from chanscale.data.splits import Splits, split_images
 from chanscale.depth import Depth, choose_depth, end_trunk
 from chanscale.devices import find_precision, on_device
 from chanscale.errors import ChanscaleError, ConfigError, WeightsError
-from chanscale.evaluation import evaluate
+from chanscale.evaluation import Evaluation, evaluate
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
 from chanscale.originals import Original, open_original
 from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
+from chanscale.report_page.material import Material
 from chanscale.runs import RunFolder
 from chanscale.state import Best, TrainingState
 from chanscale.training import fit, start
@@ -136,18 +137,22 @@ def _run(
     if config.fold_grey:
         best = replace(best, model=fold_grey(best.model, images.batch(splits.validation[:2])[0]))
     info = kept_by(best, info)
+    judged = evaluate_test(best.model, images, splits, watcher)
     metrics = {
-        **judge(best.model, images, splits, watcher),
+        **describe_test(judged, images, splits),
         "before": notes["before"],
         **measure(classifier, best, images, full=original.full_parameters),
         "depth": depth.to_dict(),
         **describe_training(best, state, images, splits),
+        "widths": widths(whole),
         "seconds": round(earlier + perf_counter() - began, 1),
         "precision": precision,
         **describe_machine(),
     }
     if folder:
-        info = folder.finish(best.model, info, metrics, state.history, widths(whole))
+        info = folder.finish(
+            Material(best.model, info, metrics, state.history, config, widths(whole), images, splits, judged)
+        )
     elif info.rebuilt_by == "program":
         info = replace(info, rebuilt_by="network")  # no program was written
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
@@ -275,9 +280,22 @@ def kept_by(best: Best, info: ModelInfo) -> ModelInfo:
 
 def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any]:
     """Return the figures on the test images, with intervals; only `n` = 0 where none were set aside."""
+    return describe_test(evaluate_test(model, images, splits, watcher), images, splits)
+
+
+def evaluate_test(
+    model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher
+) -> Evaluation | None:
+    """Return what `model` says of the test images, and how good that is; None where none were set aside."""
     if not splits.test:
+        return None
+    return evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
+
+
+def describe_test(judged: Evaluation | None, images: DecodedImages, splits: Splits) -> dict[str, Any]:
+    """Return the figures of an evaluation of the test images, as metrics.json has them."""
+    if judged is None:
         return {"n": 0}
-    judged = evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
     figures = {name: estimate.to_dict() for name, estimate in judged.estimates.items()}
     patients = len({images.images.records[index].group for index in splits.test})
     known = {"patients": patients} if images.images.has_groups else {}

@@ -75,14 +75,21 @@ def predict_images(
     `info`: what the model's file says of it. `decoding` and `predicting` hear of images done, of all. Raises
     DataError, and UnreadableImageError unless `skip_bad` leaves such images out.
     """
-    files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
-    # No class is known: the label stands empty, and `predict` does not look at it.
-    records = tuple(ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
-    images = ImageSet(paths[0], info.classes, records)
+    images = open_unlabelled(paths, info)
     data = decode_images(images, image_size=info.image_size, skip_bad=skip_bad, progress=decoding)
     probabilities, _ = predict(model, data, range(len(data)), progress=predicting)
     names = tuple(record.name for record in data.images.records)
     return Predictions(names, info.classes, probabilities, data.images.skipped)
+
+
+def open_unlabelled(paths: Sequence[Path], info: ModelInfo) -> ImageSet:
+    """Return image files, and all images in folders, each once, as a set. Raises DataError.
+
+    No class is known: the labels stand empty, and are not to be looked at.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
+    records = tuple(ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
+    return ImageSet(paths[0], info.classes, records)
 
 
 def _find_images(path: Path) -> Iterable[Path]:

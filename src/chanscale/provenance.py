@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from chanscale.artifact import ModelInfo
+from chanscale.artifact import ModelInfo, load_model, model_path, parse_info, read_model
 from chanscale.backbones import BACKBONES, Backbone, Preprocessing, load_backbone
 from chanscale.channels import ChannelGroup, removed_positions
 from chanscale.classifier import Classifier, assemble
@@ -179,6 +179,23 @@ class Provenance:
         """Return how many filters, or channels of norms, are slices; and in how many layers."""
         counts = [len(layer.kept) for layer in self.layers if layer.kind == kind]
         return sum(counts), len(counts)
+
+
+def verify_model(
+    run: Path | str, *, weights: Path | None = None, origins: Origins | None = None
+) -> Provenance:
+    """Return the proof that the frozen tensors of a run folder, or of a model file, are slices of a public checkpoint.
+
+    `weights`: a file to take the public weights from; default: the cache, then their sources; or `origins`, which has
+    them already. Raises ArtifactError, which names the first filter that differs in a bit, or says that the file
+    holds something else than its network; WeightsError.
+    """
+    file = model_path(Path(run))
+    tensors, metadata = read_model(file)
+    info = parse_info(metadata, file)
+    require_public(info)
+    load_model(file)  # nothing but what belongs to the network is in it
+    return prove(tensors, info, (origins or Origins(weights=weights)).find(info))
 
 
 def prove(tensors: Mapping[str, Tensor], info: ModelInfo, origin: Origin) -> Provenance:

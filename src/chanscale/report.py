@@ -95,9 +95,7 @@ def draw_channels(before: Widths, kept: Widths) -> Figure:
         axes.annotate(
             f"{number}", (place, number), (0, 3), textcoords="offset points", ha="center", fontsize=8
         )
-    axes.set_xticks(
-        places, _label_layers(before), rotation=45, ha="right", rotation_mode="anchor", fontsize=8
-    )
+    axes.set_xticks(places, label_layers(before), rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_xlim(-0.7, len(before) - 0.3)
     axes.tick_params(axis="x", length=0)
     total = sum(before.values())
@@ -218,7 +216,8 @@ def _show_parameters(axes: Axes, trunk: int, fewest: int) -> None:
     above.set_xlabel("parameters removed")
 
 
-def _label_layers(widths: Widths) -> list[str]:
+def label_layers(widths: Widths) -> list[str]:
+    """Return what each layer is called: as published for VGG16, else as in the network."""
     if list(widths.values()) == list(_VGG16_LAYERS.values()):
         return list(_VGG16_LAYERS)
     return [name.removeprefix("trunk.") for name in widths]

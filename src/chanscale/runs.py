@@ -21,6 +21,8 @@ from chanscale.errors import ArtifactError, ConfigError, ModelError, one_line
 from chanscale.files import claiming, to_json, write_atomically
 from chanscale.programs import PROGRAM, save_program
 from chanscale.report import write_history, write_plots
+from chanscale.report_page.material import Material
+from chanscale.report_page.writing import REPORT, write_report
 from chanscale.state import TrainingState
 
 _log = logging.getLogger(__name__)
@@ -98,22 +100,22 @@ class RunFolder:
         """Save `state` and `notes`, so that the run can go on after any interruption."""
         save_checkpoint(state, notes, self._checkpoint)
 
-    def finish(
-        self, model: Classifier, info: ModelInfo, metrics: dict[str, Any], history: list[dict[str, Any]],
-        widths_before: Mapping[str, int],
-    ) -> ModelInfo:  # fmt: skip
-        """Write the model, the figures and the plots, and move the folder to its place.
+    def finish(self, run: Material) -> ModelInfo:
+        """Write the model, the figures, the plots and the report, and move the folder to its place.
 
-        Returns `info`, with what the model can be rebuilt by.
+        Returns what the model's file says, with what it can be rebuilt by.
         """
+        info, metrics = run.info, run.metrics
+        assert isinstance(run.model, Classifier)  # as everything that was trained is
         if info.rebuilt_by == "program":
-            info = self._export(model, info)
+            info = self._export(run.model, info)
         metrics["rebuilt_by"] = info.rebuilt_by
-        path = save_model(model, info, self.partial / "model.safetensors")
+        path = save_model(run.model, info, self.partial / "model.safetensors")
         metrics["bytes"]["model"] = path.stat().st_size
         write_atomically(self.partial / "metrics.json", to_json(metrics) + "\n")
-        write_history(self.partial / "history.csv", history)
-        write_plots(self.partial, history, widths_before, info.widths, metrics)
+        write_history(self.partial / "history.csv", run.history)
+        write_plots(self.partial, run.history, run.widths, info.widths, metrics)
+        self._report(replace(run, info=info))
         self._checkpoint.unlink(missing_ok=True)
         for left in self.partial.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
@@ -129,6 +131,15 @@ class RunFolder:
             _log.warning("%s; the run can be loaded with the original network alone", error)
             return replace(info, rebuilt_by="network")
         return replace(info, program=digest)
+
+    def _report(self, run: Material) -> None:
+        try:
+            write_report(run, self.partial / REPORT)
+        except Exception as error:  # whatever it is, a trained model is not lost for a page about it
+            _log.warning(
+                "no %s was written (%s); try `chanscale report %s --images DATA`",
+                REPORT, one_line(error)[:200], self.out,
+            )  # fmt: skip
 
     def discard(self) -> None:
         """Remove the unfinished folder, if this process works in it; what is finished stays."""

@@ -66,7 +66,7 @@ class _Lane:
     files: dict[str, Path]
 
 
-def race(
+def measure_latency(
     run: str | Path,
     *,
     image_size: int | None = None,

@@ -12,17 +12,15 @@ import io
 import logging
 import os
 import re
-import shutil
 import tarfile
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from chanscale.errors import ArtifactError, one_line
-from chanscale.files import claiming, is_file, to_json, write_atomically
+from chanscale.files import is_file, to_json, whole_folder, write_atomically
 from chanscale.weight_sources import Progress
 from chanscale.weights import cache_folder
 
@@ -100,23 +98,10 @@ def build_page(
     page = resources.files("chanscale.export").joinpath("page")
     files = {part: page.joinpath(part).read_bytes() for part in PAGE} | read_runtime(progress)
     files |= {"model.onnx": model, "model.json": to_json(about).encode()}
-    with claiming(folder), _whole(folder) as partial:
+    with whole_folder(folder) as partial:
         for part, content in files.items():
             (partial / part).write_bytes(content)
     return folder
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Give a new folder beside `folder`, which takes its name at the end, and is removed if that is not reached."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read_runtime(progress: Progress | None = None) -> dict[str, bytes]:

@@ -1,0 +1,39 @@
+"""The command that writes the report of a finished run again; `cli` adds it to the others."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chanscale.cli_options import RunArgument
+from chanscale.display import say, watching
+from chanscale.wording import printable, size_on_disk
+
+
+def report(
+    run: RunArgument,
+    images: Annotated[Path, typer.Option(metavar="DATA", help="The images that the run was made of.")],
+    out_path: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="What to write; default: report.html in the run folder."),
+    ] = None,
+    names: Annotated[
+        bool,
+        typer.Option("--names", help="Call test images by their names, which may tell who the patient is."),
+    ] = False,
+) -> None:
+    """Write report.html: figures, curves, mistakes, what was kept, and a model card, on one page.
+
+    The test images are judged again; a run that `fit` wrote has its report already.
+    """
+    from chanscale.artifact import model_path
+    from chanscale.files import require_writable
+    from chanscale.report_page.material import open_material
+    from chanscale.report_page.writing import REPORT, write_report
+
+    path = out_path or model_path(run).with_name(REPORT)
+    require_writable(path)
+    with watching() as watcher:
+        material = open_material(run, images, watcher=watcher)
+    write_report(material, path, names=names)
+    say(f"{printable(str(path))}: {size_on_disk(path.stat().st_size)}")

@@ -1,0 +1,133 @@
+"""The model card: what the model is, what it was made of and with, and how to make it again."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chanscale.backbones import BACKBONES
+from chanscale.config import FitConfig
+from chanscale.data.splits import SIDES
+from chanscale.report_page.material import Material
+from chanscale.wording import shorten, size_on_disk
+
+Rows = list[tuple[str, str]]
+
+TITLES = {"torch": "PyTorch", "python": "Python"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The images of one side of the split: how many of each class, and of how many patients, where those are known."""
+
+    name: str
+    counts: tuple[int, ...]
+    patients: int | None
+
+    @property
+    def total(self) -> int:
+        """How many images stand on this side."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that is not at its default, and what it does."""
+
+    name: str
+    value: str
+    default: str
+    description: str
+
+
+def count_sides(material: Material) -> list[Side]:
+    """Return the images of each side, by class."""
+    images = material.images.images
+    sides = []
+    for name in SIDES:
+        records = [images.records[index] for index in getattr(material.splits, name)]
+        counts = [sum(record.label == label for record in records) for label in range(len(images.classes))]
+        patients = len({record.group for record in records}) if images.has_groups else None
+        sides.append(Side(name, tuple(counts), patients))
+    return sides
+
+
+def describe_model(material: Material) -> Rows:
+    """Return what the model is and where it comes from."""
+    info, metrics = material.info, material.metrics
+    known = BACKBONES.get(info.backbone)
+    parameters = metrics["parameters"]
+    colours = "grey" if info.channels == 1 else "colour"
+    rows = [
+        ("Made from", known.origin if known else info.backbone),
+        ("Licence of its weights", known.licence if known else "not known here: ask where it came from"),
+        ("Ends", f"behind {metrics['depth']['layer']}" if metrics["depth"]["layer"] else "where it ended"),
+        ("Takes", f"{colours} images, made {info.image_size} × {info.image_size} pixels"),
+        ("Says", f"a probability for each of {len(info.classes)} classes"),
+        ("Parameters", f"{parameters['kept']:,} of {parameters['trunk']:,}, and {parameters['head']:,} in the head"),
+        ("MACs", f"{shorten(metrics['macs']['kept'])} for an image, of {shorten(metrics['macs']['trunk'])}"),
+    ]  # fmt: skip
+    if size := metrics["bytes"].get("model"):
+        rows.append(("File", f"model.safetensors, {size_on_disk(size)}"))
+    if protected := metrics["groups"]["protected"]:
+        rows.append(("Left whole", f"{len(protected)} groups of channels, whose removal would not be exact"))
+    return rows
+
+
+def describe_training(material: Material) -> Rows:
+    """Return how the model was trained, and what that took."""
+    metrics = material.metrics
+    validation = metrics["validation_auc"]
+    return [
+        ("Epochs", f"{metrics['epochs']}, of which epoch {metrics['best_epoch']} was best on validation images"),
+        ("Validation AUC", "not defined" if validation is None else f"{validation:.3f}"),
+        ("Precision", str(metrics["precision"])),
+        ("Time", f"{metrics['seconds']:,.0f} s"),
+        ("Threads of the processor", str(metrics["threads"])),
+        ("Memory", f"{size_on_disk(metrics['peak_memory_bytes'])} at most"),
+        *((TITLES.get(name, name), version) for name, version in metrics["versions"].items()),
+    ]  # fmt: skip
+
+
+def list_options(config: FitConfig) -> list[Option]:
+    """Return the options that are not at their defaults."""
+    return [
+        Option(name, str(value), str(FitConfig.model_fields[name].default), field.description or "")
+        for name, field in FitConfig.model_fields.items()
+        if (value := getattr(config, name)) != field.default
+    ]
+
+
+def without_folders(config: FitConfig) -> FitConfig:
+    """Return `config` with files by name alone: where they lay is nobody's business."""
+    return config.model_copy(update={"weights": config.weights and Path(config.weights.name)})
+
+
+def write_command(config: FitConfig, backbone: str) -> str:
+    """Return the command line that makes the run again, an option a line."""
+    given = {option.name: getattr(config, option.name) for option in list_options(config)}
+    options = [_flag(name, value) for name, value in (given | {"backbone": backbone}).items()]
+    return " \\\n    ".join(["chanscale fit IMAGES --out RUN", *map(shlex.quote, options)])
+
+
+def _flag(name: str, value: Any) -> str:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option}={value}"
+
+
+def figure_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures that both networks have, in order: name, title, before, after."""
+    titles = {
+        "auc": "AUC",
+        "accuracy": "Accuracy",
+        "sensitivity": "Sensitivity",
+        "specificity": "Specificity",
+    }
+    return [
+        {"name": name, "title": title, "before": metrics["before"].get(name), "after": metrics[name]}
+        for name, title in titles.items()
+        if name in metrics
+    ]

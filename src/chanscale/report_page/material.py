@@ -1,0 +1,140 @@
+"""What a report is made of, and the same read again from a run folder."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chanscale.artifact import ModelInfo, load_model, model_path
+from chanscale.classifier import Classifier
+from chanscale.config import FitConfig
+from chanscale.data.loading import DecodedImages, decode_images
+from chanscale.data.splits import Splits
+from chanscale.errors import ArtifactError, ChanscaleError, DataError, one_line
+from chanscale.evaluation import Evaluation, evaluate
+from chanscale.originals import rebuild_trunk
+from chanscale.own_images import open_own_images
+from chanscale.programs import Program
+from chanscale.progress import Watcher
+from chanscale.slicing import output_width
+
+WIDTH = "width:"
+"""How the columns of `history.csv` begin that hold the width of a group."""
+SAME = 0.02
+"""How far a figure may be from the run's own when its images are judged again, on another machine."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A run and its images. `metrics` as in metrics.json, `history` a row for each epoch.
+
+    `widths`: the channels of each group of the whole original, also behind the end of the trunk; empty where that is
+    not known. `judged`: what the model said of the test images, in the order of `splits.test`; None without any.
+    """
+
+    model: Classifier | Program
+    info: ModelInfo
+    metrics: dict[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    config: FitConfig
+    widths: Mapping[str, int]
+    images: DecodedImages
+    splits: Splits
+    judged: Evaluation | None
+
+    @cached_property
+    def groups(self) -> NDArray[Any]:
+        """The patient of each test image, or its name where none is known, shape (N,)."""
+        return np.array([self.images.images.records[index].group for index in self.splits.test])
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether there are two classes, of which the second is the positive one."""
+        return len(self.info.classes) == 2
+
+
+def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:
+    """Read a finished run and its own images, and judge the model on the test images again.
+
+    Raises ArtifactError, DataError, among them when the images are not those of the run.
+    """
+    file = model_path(run)
+    model, info = load_model(file)
+    images, splits = open_own_images(data, file, info)
+    decoded = decode_images(
+        images, image_size=info.image_size, progress=partial(watcher.on_step, "decoding images")
+    )
+    metrics = _read_metrics(file.with_name("metrics.json"))
+    judged = _judge(model, decoded, splits, metrics, watcher)
+    history = _read_history(file.with_name("history.csv"))
+    config = FitConfig.read(file.with_name("config.yaml"))
+    widths = metrics.get("widths") or _find_widths(model, info)
+    return Material(model, info, metrics, history, config, widths, decoded, splits, judged)
+
+
+def _judge(
+    model: Classifier | Program, images: DecodedImages, splits: Splits, metrics: Mapping[str, Any],
+    watcher: Watcher,
+) -> Evaluation | None:  # fmt: skip
+    if not splits.test:
+        return None
+    judged = evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
+    wanted, got = metrics["accuracy"]["value"], judged.estimates["accuracy"].value
+    if abs(wanted - got) > SAME:
+        raise DataError(
+            f"on the test images in {images.images.source}, the accuracy is {got:.3f}, and not {wanted:.3f} as in "
+            "metrics.json; give the images that the run was made of"
+        )
+    return judged
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"cannot read {path} ({one_line(error)}); fit the model again") from error
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: _parse(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, csv.Error) as error:
+        raise ArtifactError(f"cannot read {path} ({one_line(error)}); fit the model again") from error
+
+
+def _parse(text: str) -> Any:
+    """Return a cell of `history.csv` as the number that it is, if it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _find_widths(model: Classifier | Program, info: ModelInfo) -> dict[str, int]:
+    """Return the widths of the original by building it again; empty where no name builds it."""
+    if info.rebuilt_by != "name" or isinstance(model, Program):
+        return {}
+    try:
+        trunk = rebuild_trunk(info.backbone, info.head)
+    except ChanscaleError:  # its library is not installed here
+        return {}
+    layers = {f"trunk.{name}": module for name, module in trunk.named_modules()}
+    behind = {f"trunk.{name}" for name in info.without}
+    widths = {}
+    for name, layer in layers.items():
+        if name in info.kept:
+            # Where grouped convolutions hold channels together, several of the layer's are one of the group's.
+            each = max(1, output_width(model.get_submodule(name)) // len(info.kept[name]))
+            widths[name] = output_width(layer) // each
+        elif name in behind and hasattr(layer, "out_channels"):
+            widths[name] = output_width(layer)
+    return widths

@@ -1,0 +1,126 @@
+"""The test images on which the model was most confident and wrong, with what it looked at."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from chanscale.classifier import Classifier
+from chanscale.data.images import read_image
+from chanscale.data.loading import source_of
+from chanscale.errors import UnreadableImageError
+from chanscale.evaluation import Evaluation
+from chanscale.report_page.material import Material
+from chanscale.wording import printable
+
+MOST = 8
+SIDE = 320
+"""Pixels of the longer side of an image on the page, at most."""
+FOR, AGAINST = (224, 82, 6), (20, 110, 220)
+STRONGEST = 0.6
+"""How much of a pixel the map covers where the evidence is strongest."""
+FAINTER = 0.95
+"""Share of a map that is fainter than full colour: its padded corners can outdo all the rest."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that was called wrongly, and how probable that seemed; both pictures are data URIs, or None."""
+
+    title: str
+    label: str
+    called: str
+    probability: float
+    picture: str | None
+    overlay: str | None
+
+
+def find_mistakes(material: Material, *, names: bool) -> list[Mistake]:
+    """Return the wrong test images, the most confident first, eight at most; named only if `names`."""
+    judged = material.judged
+    return [_describe(material, judged, place, names=names) for place in _worst(judged)] if judged else []
+
+
+def count_mistakes(judged: Evaluation) -> int:
+    """Return how many images the most probable class is wrong for."""
+    return int((judged.probabilities.argmax(1) != judged.labels).sum())
+
+
+def _worst(judged: Evaluation) -> list[int]:
+    wrong = np.flatnonzero(judged.probabilities.argmax(1) != judged.labels)
+    confidence = judged.probabilities.max(1)[wrong]
+    worst: list[int] = wrong[np.argsort(-confidence, kind="stable")][:MOST].tolist()
+    return worst
+
+
+def _describe(material: Material, judged: Evaluation, place: int, *, names: bool) -> Mistake:
+    index, shares = material.splits.test[place], judged.probabilities[place]
+    called, classes = int(shares.argmax()), material.info.classes
+    pixels = _read(material, index)
+    evidence = find_evidence(material, index, called)
+    return Mistake(
+        title=title_of(judged, place, names=names),
+        label=classes[int(judged.labels[place])],
+        called=classes[called],
+        probability=float(shares[called]),
+        picture=None if pixels is None else to_uri(pixels),
+        overlay=None if pixels is None or evidence is None else to_uri(paint(pixels, evidence)),
+    )
+
+
+def title_of(judged: Evaluation, place: int, *, names: bool) -> str:
+    """Return what a test image is called: its number, since a name may be that of a patient, unless `names`."""
+    return printable(judged.names[place]) if names else f"Test image {place + 1}"
+
+
+def _read(material: Material, index: int) -> Bytes | None:
+    """Return the image as it is, (H, W, 3), its longer side 320 pixels at most."""
+    record = material.images.images.records[index]
+    try:
+        planes = read_image(source_of(record), size=None)
+    except UnreadableImageError:  # it is gone since it was decoded
+        return None
+    image = Image.fromarray((planes >> 8).astype(np.uint8).transpose(1, 2, 0).squeeze())
+    image = image.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+@torch.no_grad()
+def find_evidence(material: Material, index: int, called: int) -> NDArray[np.float32] | None:
+    """Return the class map (h, w) of the class that was called, or None for a model that has none."""
+    model = material.model
+    if not isinstance(model, Classifier):
+        return None
+    pixels, _ = material.images.batch([index])
+    features = model.feature_map(pixels.to(next(model.parameters()).device))
+    if features.dim() != 4:
+        return None
+    maps = model.head.class_map(features)[0].float().cpu().numpy()
+    evidence: NDArray[np.float32] = maps[called] if len(maps) > 1 else maps[0] * (1 if called else -1)
+    return evidence
+
+
+def paint(pixels: Bytes, evidence: NDArray[np.float32]) -> Bytes:
+    """Return the image with evidence for what was called in orange, against it in blue."""
+    height, width = pixels.shape[:2]
+    full = float(np.quantile(np.abs(evidence), FAINTER)) or 1.0
+    smooth = Image.fromarray(evidence / full).resize((width, height), Image.Resampling.BILINEAR)
+    strength = np.asarray(smooth).clip(-1, 1)[..., None]
+    colour = np.where(strength > 0, FOR, AGAINST)
+    share = STRONGEST * np.abs(strength)
+    painted: Bytes = ((1 - share) * pixels + share * colour).round().astype(np.uint8)
+    return painted
+
+
+def to_uri(pixels: Bytes) -> str:
+    """Return an image (H, W, 3) as a data URI, a JPEG without any metadata."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,206 @@
+"""The page from its parts: everything is one file, which asks for nothing and can send nothing."""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from chanscale.classifier import Classifier
+from chanscale.evaluation import Evaluation
+from chanscale.files import write_atomically
+from chanscale.report_page import card, curves, plots
+from chanscale.report_page.channel_map import COLUMNS, MOST_CELLS, map_channels
+from chanscale.report_page.contributions import find_channels
+from chanscale.report_page.material import Material
+from chanscale.report_page.mistakes import count_mistakes, find_mistakes
+from chanscale.report_page.summary import is_defined, summarise, with_interval
+from chanscale.wording import NOTICE, percent, shorten, size_on_disk
+
+REPORT = "report.html"
+"""What the page is called in a run folder."""
+MOST_CURVES = 6
+"""ROC curves that can be told apart in one plot."""
+MOST_CLASSES = 12
+"""Of which a whole confusion matrix can be read; of more, the commonest confusions are listed."""
+
+
+def write_report(material: Material, path: Path, *, names: bool = False) -> Path:
+    """Write the page of a run to one HTML file, whole or not at all, and return its path.
+
+    `names`: call test images by their names, which may tell who the patient is; else they have numbers.
+    """
+    write_atomically(path, build_report(material, names=names))
+    return path
+
+
+def build_report(material: Material, *, names: bool = False) -> str:
+    """Return the page as HTML."""
+    style, script = _read("report.css"), _read("report.js")
+    page = _environment().get_template("report.html")
+    return page.render(
+        notice=NOTICE,
+        style=Markup(style),  # both are ours, and their hashes are what the page's policy lets run
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        summary=summarise(material),
+        metrics=material.metrics,
+        info=material.info,
+        binary=material.is_binary,
+        figures=card.figure_rows(material.metrics),
+        has_maps=isinstance(material.model, Classifier),
+        quality=_describe_quality(material) if material.judged else None,
+        mistakes=find_mistakes(material, names=names),
+        layers=map_channels(material.model, material.info, material.widths),
+        in_cells=sum(material.widths.values()) <= MOST_CELLS,
+        columns=COLUMNS,
+        path_plot=plots.draw_path(material.history, material.metrics) if _has_path(material) else None,
+        channels=find_channels(material),
+        card=_describe_card(material),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    filters = {
+        "percent": percent, "shorten": shorten, "size_on_disk": size_on_disk, "defined_figure": is_defined,
+        "with_interval": with_interval, "embedded": embed,
+    }  # fmt: skip
+    environment.filters.update(filters)
+    return environment
+
+
+def _read(name: str) -> str:
+    return resources.files("chanscale.report_page").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def embed(value: Any) -> Markup:
+    """Return JSON that no browser takes for markup, wherever in a script it stands."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
+
+
+def _has_path(material: Material) -> bool:
+    aucs = [row.get("validation_auc") for row in material.history]
+    return any(isinstance(auc, float) and math.isfinite(auc) for auc in aucs)
+
+
+def _describe_quality(material: Material) -> dict[str, Any]:
+    """Return what is known of the probabilities of the test images."""
+    judged = material.judged
+    assert judged is not None
+    rocs = _find_rocs(material, judged)
+    thresholds = curves.find_thresholds(judged.probabilities, judged.labels) if material.is_binary else None
+    matrix = curves.confusion(judged.probabilities, judged.labels)
+    said, right = _name_axes(material)
+    return {
+        "rocs": rocs,
+        "areas": sorted(rocs.items(), key=lambda item: item[1].area),
+        "roc_plot": plots.draw_roc(dict(list(rocs.items())[:MOST_CURVES]), _operating_point(thresholds))
+        if rocs
+        else None,
+        "calibration": {
+            name: figure.to_dict()
+            for name, figure in curves.judge_calibration(
+                judged.probabilities, judged.labels, material.groups
+            ).items()
+        },
+        "calibration_plot": plots.draw_calibration(
+            curves.find_bins(judged.probabilities, judged.labels), said, right
+        ),
+        "matrix": matrix.tolist() if len(matrix) <= MOST_CLASSES else None,
+        "confusions": _list_confusions(matrix, material.info.classes),
+        "mistakes": count_mistakes(judged),
+        "operating": _describe_operating(thresholds) if thresholds else None,
+        "data": {**asdict(thresholds), "frame": _frame()} if thresholds else None,
+    }
+
+
+def _find_rocs(material: Material, judged: Evaluation) -> dict[str, curves.Roc]:
+    """Return the ROC curve of the positive class, or of each class against the rest, where both are there."""
+    classes, labels = material.info.classes, judged.labels
+    chosen = [1] if material.is_binary else [*range(len(classes))][:MOST_CURVES]
+    return {
+        classes[k]: curves.find_roc(judged.probabilities[:, k], labels == k, material.groups)
+        for k in chosen
+        if 0 < (labels == k).sum() < len(labels)
+    }
+
+
+def _name_axes(material: Material) -> tuple[str, str]:
+    if material.is_binary:
+        return "probability that the model says", "share that was positive"
+    return "probability of the most probable class", "share that was right"
+
+
+def _operating_point(thresholds: curves.Thresholds | None) -> tuple[float, float] | None:
+    if not thresholds or not thresholds.positives or not thresholds.negatives:
+        return None
+    half = curves.STEPS // 2
+    return (
+        thresholds.false_positives[half] / thresholds.negatives,
+        thresholds.true_positives[half] / thresholds.positives,
+    )
+
+
+def _describe_operating(thresholds: curves.Thresholds) -> dict[str, Any]:
+    """Return the confusion and the shares at 0.5; a share of nothing is None."""
+    half = curves.STEPS // 2
+    hits, alarms = thresholds.true_positives[half], thresholds.false_positives[half]
+    missed, passed = thresholds.positives - hits, thresholds.negatives - alarms
+    return {
+        "tp": hits, "fp": alarms, "fn": missed, "tn": passed,
+        "sensitivity": _share(hits, hits + missed), "specificity": _share(passed, passed + alarms),
+        "ppv": _share(hits, hits + alarms), "npv": _share(passed, passed + missed),
+        "prevalence": _share(thresholds.positives, thresholds.positives + thresholds.negatives),
+    }  # fmt: skip
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _frame() -> Mapping[str, float]:
+    frame = plots.UNIT
+    return {"left": frame.left, "top": frame.top, "width": frame.width, "height": frame.height}
+
+
+def _list_confusions(matrix: Any, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """Return what was most often called what else: true class, called class, how often."""
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES].tolist()
+    pairs = [divmod(place, len(matrix)) for place in order]
+    return [
+        (classes[true], classes[said], int(wrong[true, said])) for true, said in pairs if wrong[true, said]
+    ]
+
+
+def _describe_card(material: Material) -> dict[str, Any]:
+    config = card.without_folders(material.config)
+    own = material.info.rebuilt_by != "name"
+    return {
+        "model": card.describe_model(material),
+        "sides": card.count_sides(material),
+        "skipped": material.metrics["images"]["skipped"],
+        "seed": material.config.seed,
+        "training": card.describe_training(material),
+        "options": card.list_options(config),
+        "command": None if own else card.write_command(config, material.info.backbone),
+        "config": config.to_yaml(),
+    }
