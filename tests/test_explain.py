@@ -140,7 +140,7 @@ def test_with_its_images_the_map_is_relative_and_patches_are_cut(made, tmp_path)
         assert 1 <= len(sheet["patches"]) <= 6
         activations = [patch["activation"] for patch in sheet["patches"]]
         assert activations == sorted(activations, reverse=True)
-        assert len({patch["image"] for patch in sheet["patches"]}) == len(activations)
+        assert len({patch["training_image"] for patch in sheet["patches"]}) == len(activations)
         assert size_of(tmp_path / "out" / sheet["file"])[0] > 400
 
 
@@ -334,3 +334,10 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(made, tmp_path, monkeyp
         explain_run(made[0], first_images(made[1], 1), out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_names_are_short_enough_for_file_systems_and_none_of_a_device():
+    long, device = file_names(["肺" * 80 + ".png", "NUL.png"])
+    assert 100 < len(long.encode()) <= 150
+    assert set(long) == {"肺"}
+    assert device == "NUL_2"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -9,16 +10,20 @@ import pytest
 import torch
 
 from chanscale import cli, export_run, load_model, scale_and_select
+from chanscale.artifact import ModelInfo
 from chanscale.errors import ArtifactError, ConfigError, InexactExportError, ModelError
 from chanscale.export import agreement, forms
 from chanscale.export.agreement import compare, predict_image, raw_pixels
 from chanscale.export.examples import draw_examples, read_whole
-from chanscale.export.onnx_file import export_onnx
+from chanscale.export.onnx_file import describe_graph, export_onnx
 from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session
+from chanscale.own_images import open_own_images
 from networks import plain_trunk, randomise
 from test_cli import OPTIONS, draw, error_of, files_below, words
 from tiny_backbone import register
 from tiny_fits import tiny_config
+
+INFO = ModelInfo("tiny", ("no", "yes"), kept={}, preprocessing={}, image_size=32, channels=1)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def test_int8_is_calibrated_on_training_images_and_judged_on_the_others(made, tm
     )
     monkeypatch.setattr("chanscale.export.int8_trial.SECONDS", 0.0)
     exported = export_run(run, out=tmp_path / "small.onnx", images=data, int8=True)
-    _, splits = forms.open_own_images(data, run / "model.safetensors", load_model(run)[1])
+    _, splits = open_own_images(data, run / "model.safetensors", load_model(run)[1])
     assert set(read[1]) <= set(splits.train)
     assert len(read[1]) == len(splits.train)
     trial = exported.int8
@@ -231,3 +236,28 @@ def test_the_command_writes_into_the_run_and_says_how_well_it_agrees(made, capsy
     assert cli.run(["export", str(run), "--format", "torch"]) == 0
     assert "Largest difference of a probability from the run's" in words(capsys)[0]
     assert (run / "model.pt2").is_file()
+
+
+def test_a_run_that_left_out_unreadable_images_finds_its_own_again(made, tmp_path, capsys):
+    data, run = draw(tmp_path / "images"), tmp_path / "run"
+    (data / "clear" / "900_0.png").write_bytes(b"no image")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch.setitem, monkeypatch.setattr)
+        assert cli.run(["fit", str(data), "--out", str(run), "--skip-bad", *OPTIONS]) == 0
+    info = load_model(run)[1]
+    images, splits = open_own_images(data, run / "model.safetensors", info)
+    assert len(images) == len(splits.train) + len(splits.validation) + len(splits.test) == 48
+    assert not any("900" in record.name for record in images.records)
+    words(capsys)
+    assert cli.run(["report", str(run), "--images", str(data)]) == 0
+
+
+def test_where_a_network_lay_is_not_told():
+    info = replace(INFO, backbone="transformers:/home/someone/patients/resnet")
+    assert info.network == "transformers:resnet"
+    assert "someone" not in json.dumps(describe_graph(info))
+    assert replace(info, backbone="monai:DenseNet121").network == "monai:DenseNet121"
+    assert (
+        replace(info, backbone="transformers:microsoft/resnet-18").network
+        == "transformers:microsoft/resnet-18"
+    )

@@ -22,12 +22,13 @@ from chanscale.artifact import load_model
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.errors import ArtifactError, DataError
+from chanscale.export.examples import spread
 from chanscale.pipeline import scale_and_select
 from chanscale.programs import Program
 from chanscale.progress import Watcher
 from chanscale.report_page import channel_map, curves, mistakes, writing
 from chanscale.report_page.card import write_command
-from chanscale.report_page.material import Material, open_material
+from chanscale.report_page.material import WANTED, Material, open_material, read_metrics
 from chanscale.report_page.writing import REPORT, build_report, embed, write_report
 from chanscale.wording import NOTICE
 from tiny_fits import tiny_classifier, tiny_config
@@ -578,3 +579,35 @@ def test_a_damaged_folder_is_one_line(stored, tiny, tmp_path, capsys):
         open_material(tmp_path, stored.folder.parent / "images", watcher=Watcher())
     assert cli.run(["report", str(tmp_path), "--images", str(stored.folder.parent / "images")]) == 2
     assert [line[:7] for line in capsys.readouterr().err.splitlines() if "error" in line] == ["error: "]
+
+
+def test_metrics_of_an_older_version_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(dict.fromkeys(WANTED - {"depth"}, 0)))
+    with pytest.raises(
+        ArtifactError, match=r"has no 'depth': it is of an older version of chanscale; fit .* again"
+    ):
+        read_metrics(path)
+
+
+def test_what_is_alike_in_training_images_is_no_evidence(fitted):
+    usual = mistakes.find_usual_map(fitted.material)
+    assert usual.std() > 0
+    maps = [
+        mistakes.find_evidence(fitted.material, index, 1, usual)
+        for index in spread(fitted.material.splits.train, 100)
+    ]
+    largest = np.abs(maps).max()
+    assert largest > 0
+    assert np.abs(np.mean(maps, axis=0)).max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (1, 40, 3), (1, 1, 3)])
+def test_an_image_of_one_line_is_shown_as_it_is(fitted, shape):
+    pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    decoded = fitted.material.images
+    records = [replace(record, path=None, pixels=pixels) for record in decoded.images.records]
+    thin = _with(decoded, replace(decoded.images, records=tuple(records)))
+    found = mistakes._read(replace(fitted.material, images=thin), 0)
+    assert found.shape == (*shape[:2], 3)
+    assert np.array_equal(found[..., 0], pixels if pixels.ndim == 2 else pixels[..., 0])

@@ -56,6 +56,12 @@ class ModelInfo:
     program: str | None = None
 
     @property
+    def network(self) -> str:
+        """The backbone's name to show: of one that was read from a folder, not where that lay."""
+        library, colon, place = self.backbone.partition(":")
+        return f"{library}:{Path(place).name}" if colon and Path(place).is_absolute() else self.backbone
+
+    @property
     def widths(self) -> dict[str, int]:
         """How many channels each group has left."""
         return {name: len(indices) for name, indices in self.kept.items()}

@@ -19,7 +19,7 @@ def require_writable(path: Path) -> None:
     """Check that a file can be written to `path`, before the work that it is to hold. Raises ConfigError."""
     folder = path.absolute().parent
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file to write, such as {path / 'predictions.csv'}")
+        raise ConfigError(f"{path} is a folder; name a file to write in it")
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder} to write {path.name} to; make it, or name another")
     if not os.access(path if _is_special(path) else folder, os.W_OK):
@@ -47,9 +47,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         with claiming(folder):
             partial.mkdir()
-            yield partial
-            if os.path.lexists(folder):  # made meanwhile: a rename would take the place of an empty folder
-                raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
+        yield partial
+        if os.path.lexists(folder):  # made meanwhile: a rename would take the place of an empty folder
+            raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
+        with claiming(folder):
             partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from chanscale.artifact import ModelInfo
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet, open_images
-from chanscale.data.splits import Splits, read_splits
+from chanscale.data.splits import Splits, read_names, read_splits
 from chanscale.errors import ArtifactError
 
 
@@ -17,8 +17,12 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
     config, splits = file.with_name("config.yaml"), file.with_name("splits.csv")
     if not (config.is_file() and splits.is_file()):
         raise ArtifactError(f"beside {file} lie no config.yaml and splits.csv, which tell its test images")
-    pattern = FitConfig.read(config).group_pattern
-    images = open_images(path, group_pattern=pattern, classes=info.classes)
+    options = FitConfig.read(config)
+    images = open_images(path, group_pattern=options.group_pattern, classes=info.classes)
+    if options.skip_bad:  # the split names those alone that could be read
+        known = read_names(splits)
+        left_out = [record.name for record in images.records if record.name not in known]
+        images = images.without(left_out) if left_out else images
     return images, read_splits(splits, images)
 
 

@@ -108,6 +108,11 @@ def read_splits(path: Path, images: ImageSet) -> Splits:
     return _to_splits(sides)
 
 
+def read_names(path: Path) -> frozenset[str]:
+    """Return all images that a file of `write_splits` has. Raises ArtifactError."""
+    return frozenset(_read_rows(path))
+
+
 def read_training_names(path: Path) -> frozenset[str]:
     """Return the images that a file of `write_splits` has as train or validation. Raises ArtifactError."""
     return frozenset(name for name, row in _read_rows(path).items() if row["split"] != "test")

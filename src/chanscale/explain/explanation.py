@@ -10,7 +10,7 @@ from chanscale.explain.answers import Answer, answer_image, picture_of
 from chanscale.explain.evidence import Method
 from chanscale.explain.overlays import draw_overlay, draw_patches
 from chanscale.explain.patches import Patch, cut_patch, find_patches
-from chanscale.explain.places import file_names, plain_name, require_new_folder, shown_name
+from chanscale.explain.places import file_names, plain_name, require_new_folder
 from chanscale.explain.receptive_fields import ReceptiveField, find_receptive_field
 from chanscale.explain.saliency import require_captum
 from chanscale.explain.survey import Survey, survey_images
@@ -94,7 +94,7 @@ def _index(survey: Survey, method: str, entries: list[dict[str, Any]]) -> dict[s
     return {
         "method": method,
         "relative": method == "class-map" and survey.usual is not None,
-        "backbone": survey.info.backbone,
+        "backbone": survey.info.network,
         "classes": list(survey.info.classes),
         "training_images": None if survey.training is None else len(survey.training.peaks),
         "chain_stops": survey.chain.stop,
@@ -131,17 +131,19 @@ def _write_sheet(
         )
         shown = [(cut_patch(patch), _label(patch, survey)) for patch in patches]
         write_atomically(folder / file, draw_patches(title, shown))
-    told = [_describe(patch, survey) for patch in patches]
+    numbers = {record.name: number for number, record in enumerate(training.images.records, 1)}
+    told = [_describe(patch, numbers[patch.record.name], survey) for patch in patches]
     return {"name": name, "position": channel, "file": file, "active_images": active, "patches": told}
 
 
 def _label(patch: Patch, survey: Survey) -> str:
-    return f"{_class_of(patch, survey)}, {patch.activation:.3g}\n{shown_name(Path(patch.record.name).name)}"
+    # By class and not by name: names of training images may be those of patients.
+    return f"{_class_of(patch, survey)}, {patch.activation:.3g}"
 
 
-def _describe(patch: Patch, survey: Survey) -> dict[str, Any]:
+def _describe(patch: Patch, number: int, survey: Survey) -> dict[str, Any]:
     return {
-        "image": shown_name(patch.record.name),
+        "training_image": number,
         "class": _class_of(patch, survey),
         "box": list(patch.box),
         "of_side": patch.side,

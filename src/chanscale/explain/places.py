@@ -8,8 +8,20 @@ from pathlib import Path
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.wording import printable
 
-_RESERVED = frozenset({"index", "patches"})
-_LONGEST = 100
+_RESERVED = frozenset(
+    {
+        "index",
+        "patches",
+        "con",
+        "prn",
+        "aux",
+        "nul",
+        *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
+    }
+)
+"""What is written beside the images, and what Windows keeps for devices."""
+_LONGEST = 150
+"""Bytes of a name: file systems take 255, and something is put before and behind."""
 
 
 def require_new_folder(folder: Path, *, beside: Sequence[Path]) -> None:
@@ -47,7 +59,8 @@ def _find_name(stem: str, taken: set[str]) -> str:
 
 def plain_name(text: str) -> str:
     """Return `text` as any file system takes it: letters, digits, `.`, `-` and `_`."""
-    return re.sub(r"[^\w.-]+", "_", printable(text)).strip("._")[:_LONGEST] or "image"
+    plain = re.sub(r"[^\w.-]+", "_", printable(text)).strip("._")
+    return plain.encode()[:_LONGEST].decode(errors="ignore") or "image"
 
 
 def shown_name(name: str) -> str:

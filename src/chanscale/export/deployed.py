@@ -24,8 +24,9 @@ class DeployedClassifier(nn.Module):
     """Everything between the pixels of an image file and a probability, in one network.
 
     Input: (N, 1 or 3, H, W), values 0 to 255, any height and width; of a 16-bit image, value / 257. A network that is
-    `grey_only` takes (N, 1, H, W). Output: probabilities (N, K), and, where the trunk ends in maps, the class map
-    (N, M, h, w), whose mean over h and w is the logit: M = 1 for two classes (for the second of them), else K.
+    `grey_only` takes (N, 1, H, W). Two channels are no image, which a graph cannot say. Output: probabilities (N, K),
+    and, where the trunk ends in maps, the class map (N, M, h, w), whose mean over h and w is the logit: M = 1 for two
+    classes (for the second of them), else K.
     """
 
     def __init__(self, network: Classifier | Program, *, image_size: int, grey_only: bool) -> None:

@@ -103,11 +103,9 @@ def _find_target(file: Path, form: str, out: str | Path | None, *, int8: bool) -
     if int8 and form != "onnx":
         raise ConfigError(f"int8 is for ONNX alone, not for {form}; leave it out")
     target = Path(out) if out is not None else file.with_name(INT8_FILE if int8 else FILES[form])
-    if form == "web":
-        if target.exists():
-            raise ArtifactError(f"{target} exists already; remove it, or choose another --out")
-    else:
-        require_writable(target)
+    if form == "web" and target.exists():
+        raise ArtifactError(f"{target} exists already; remove it, or choose another --out")
+    require_writable(target)
     return target
 
 

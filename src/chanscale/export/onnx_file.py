@@ -57,7 +57,7 @@ def describe_graph(info: ModelInfo) -> dict[str, Any]:
     """Return what a graph says of itself to whoever runs it."""
     return {
         "chanscale": __version__,
-        "backbone": info.backbone,
+        "backbone": info.network,
         "classes": list(info.classes),
         "image_size": info.image_size,
         "input": f"{INPUT}: float32 (batch, channels, height, width), 0 to {WHITE:.0f}; of 16 bits, value / 257",

@@ -60,7 +60,7 @@ def describe_model(material: Material) -> Rows:
     parameters = metrics["parameters"]
     colours = "grey" if info.channels == 1 else "colour"
     rows = [
-        ("Made from", known.origin if known else info.backbone),
+        ("Made from", known.origin if known else info.network),
         ("Licence of its weights", known.licence if known else "not known here: ask where it came from"),
         ("Ends", f"behind {metrics['depth']['layer']}" if metrics["depth"]["layer"] else "where it ended"),
         ("Takes", f"{colours} images, made {info.image_size} × {info.image_size} pixels"),
@@ -101,7 +101,11 @@ def list_options(config: FitConfig) -> list[Option]:
 
 def without_folders(config: FitConfig) -> FitConfig:
     """Return `config` with files by name alone: where they lay is nobody's business."""
-    return config.model_copy(update={"weights": config.weights and Path(config.weights.name)})
+    library, colon, place = config.backbone.partition(":")
+    backbone = f"{library}:{Path(place).name}" if colon and Path(place).is_absolute() else config.backbone
+    return config.model_copy(
+        update={"weights": config.weights and Path(config.weights.name), "backbone": backbone}
+    )
 
 
 def write_command(config: FitConfig, backbone: str) -> str:

@@ -79,7 +79,7 @@ def _with_both(positive: NDArray[np.bool_], groups: NDArray[Any]) -> Iterator[ND
 def _read_curve(scores: Floats, positive: NDArray[np.bool_]) -> Array:
     """Return the true positive rate at each false positive rate of the grid."""
     order = np.sort(scores[~positive])[::-1]
-    places = np.minimum((GRID * len(order)).astype(int), len(order) - 1)
+    places = np.minimum((GRID * len(order) + 1e-9).astype(int), len(order) - 1)
     # The threshold that lets this share of the negative images through, and no more.
     called = np.searchsorted(np.sort(scores[positive]), order[places], side="right")
     rates: Array = 1 - called / positive.sum()

@@ -8,16 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from chanscale.classifier import Classifier
 from chanscale.data.images import read_image
-from chanscale.data.loading import source_of
+from chanscale.data.loading import BatchLoader, source_of
 from chanscale.errors import UnreadableImageError
 from chanscale.evaluation import Evaluation
+from chanscale.export.examples import spread
+from chanscale.modes import device_of
 from chanscale.report_page.material import Material
 from chanscale.wording import printable
 
-MOST = 8
+MOST, MEAN_OF = 8, 100
 SIDE = 320
 """Pixels of the longer side of an image on the page, at most."""
 FOR, AGAINST = (224, 82, 6), (20, 110, 220)
@@ -44,7 +47,9 @@ class Mistake:
 def find_mistakes(material: Material, *, names: bool) -> list[Mistake]:
     """Return the wrong test images, the most confident first, eight at most; named only if `names`."""
     judged = material.judged
-    return [_describe(material, judged, place, names=names) for place in _worst(judged)] if judged else []
+    worst = _worst(judged) if judged else []
+    usual = find_usual_map(material) if worst else None
+    return [_describe(material, judged, place, usual, names=names) for place in worst] if judged else []
 
 
 def count_mistakes(judged: Evaluation) -> int:
@@ -59,11 +64,13 @@ def _worst(judged: Evaluation) -> list[int]:
     return worst
 
 
-def _describe(material: Material, judged: Evaluation, place: int, *, names: bool) -> Mistake:
+def _describe(
+    material: Material, judged: Evaluation, place: int, usual: Tensor | None, *, names: bool
+) -> Mistake:
     index, shares = material.splits.test[place], judged.probabilities[place]
     called, classes = int(shares.argmax()), material.info.classes
     pixels = _read(material, index)
-    evidence = find_evidence(material, index, called)
+    evidence = find_evidence(material, index, called, usual)
     return Mistake(
         title=title_of(judged, place, names=names),
         label=classes[int(judged.labels[place])],
@@ -86,23 +93,43 @@ def _read(material: Material, index: int) -> Bytes | None:
         planes = read_image(source_of(record), size=None)
     except UnreadableImageError:  # it is gone since it was decoded
         return None
-    image = Image.fromarray((planes >> 8).astype(np.uint8).transpose(1, 2, 0).squeeze())
-    image = image.convert("RGB")
+    grey_or_rgb = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
+    image = Image.fromarray((grey_or_rgb >> 8).astype(np.uint8)).convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
 @torch.no_grad()
-def find_evidence(material: Material, index: int, called: int) -> NDArray[np.float32] | None:
-    """Return the class map (h, w) of the class that was called, or None for a model that has none."""
+def find_usual_map(material: Material) -> Tensor | None:
+    """Return the mean feature map (1, C, h, w) of training images, or None for a model that has none.
+
+    What is alike in each of them, such as the frame that padding makes, explains no answer.
+    """
     model = material.model
     if not isinstance(model, Classifier):
         return None
-    pixels, _ = material.images.batch([index])
-    features = model.feature_map(pixels.to(next(model.parameters()).device))
-    if features.dim() != 4:
+    chosen = spread(material.splits.train, MEAN_OF)
+    total: Tensor | None = None
+    for batch in BatchLoader(material.images, chosen, batch_size=16).epoch():
+        features = model.feature_map(batch.images.to(device_of(model)))
+        if features.dim() != 4:
+            return None
+        part = features.double().sum(0, keepdim=True)
+        total = part if total is None else total + part
+    return None if total is None else (total / len(chosen)).float()
+
+
+@torch.no_grad()
+def find_evidence(
+    material: Material, index: int, called: int, usual: Tensor | None
+) -> NDArray[np.float32] | None:
+    """Return the class map (h, w) of the class that was called, less that of the `usual` map; None without one."""
+    model = material.model
+    if not isinstance(model, Classifier) or usual is None:
         return None
-    maps = model.head.class_map(features)[0].float().cpu().numpy()
+    pixels, _ = material.images.batch([index])
+    features = model.feature_map(pixels.to(device_of(model)))
+    maps = (model.head.class_map(features) - model.head.class_map(usual))[0].float().cpu().numpy()
     evidence: NDArray[np.float32] = maps[called] if len(maps) > 1 else maps[0] * (1 if called else -1)
     return evidence
 

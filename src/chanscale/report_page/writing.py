@@ -201,6 +201,6 @@ def _describe_card(material: Material) -> dict[str, Any]:
         "seed": material.config.seed,
         "training": card.describe_training(material),
         "options": card.list_options(config),
-        "command": None if own else card.write_command(config, material.info.backbone),
+        "command": None if own else card.write_command(config, material.info.network),
         "config": config.to_yaml(),
     }
