@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 
 from chanscale.errors import ArtifactError, one_line
-from chanscale.files import is_file, to_json, whole_folder, write_atomically
+from chanscale.files import claiming, is_file, to_json, whole_folder, write_atomically
 from chanscale.weight_sources import Progress
 from chanscale.weights import cache_folder
 
@@ -98,7 +98,7 @@ def build_page(
     page = resources.files("chanscale.export").joinpath("page")
     files = {part: page.joinpath(part).read_bytes() for part in PAGE} | read_runtime(progress)
     files |= {"model.onnx": model, "model.json": to_json(about).encode()}
-    with whole_folder(folder) as partial:
+    with whole_folder(folder) as partial, claiming(folder):
         for part, content in files.items():
             (partial / part).write_bytes(content)
     return folder
