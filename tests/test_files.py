@@ -50,7 +50,7 @@ def test_what_can_be_written_passes(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written_is_refused_beforehand(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"is a folder; name a file to write, such as .*predictions\.csv"):
+    with pytest.raises(ConfigError, match=r"is a folder; name a file to write in it"):
         require_writable(tmp_path)
     with pytest.raises(ConfigError, match=r"there is no folder .*gone to write file to"):
         require_writable(tmp_path / "gone" / "file")
