@@ -20,20 +20,16 @@ from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
 from chanscale.wording import NOTICE
 from networks import attach, build_classifier, describe, plain_trunk, randomise, renew_statistics, set_scales
-from test_cli import OPTIONS, draw, error_of, files_below, words
-from tiny_backbone import TinyTrunk, register
+from test_cli import draw, error_of, files_below, words
+from test_export import make_run
+from tiny_backbone import TinyTrunk
 from tiny_fits import tiny_config
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run of the tiny backbone, and its images."""
-    folder = tmp_path_factory.mktemp("made")
-    data, run = draw(folder / "images"), folder / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        register(monkeypatch.setitem, monkeypatch.setattr)
-        assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS, "--depth=full"]) == 0
-        yield run, data
+    yield from make_run(tmp_path_factory.mktemp("made"), "--depth=full")
 
 
 @pytest.fixture(scope="module")

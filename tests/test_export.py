@@ -29,11 +29,15 @@ INFO = ModelInfo("tiny", ("no", "yes"), kept={}, preprocessing={}, image_size=32
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run of the tiny backbone, and its images."""
-    folder = tmp_path_factory.mktemp("made")
+    yield from make_run(tmp_path_factory.mktemp("made"))
+
+
+def make_run(folder, *options):
+    """Fit the tiny backbone, which stays registered until the generator is closed; yield the run, and its images."""
     data, run = draw(folder / "images"), folder / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         register(monkeypatch.setitem, monkeypatch.setattr)
-        assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS]) == 0
+        assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS, *options]) == 0
         yield run, data
 
 

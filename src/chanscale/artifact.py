@@ -25,6 +25,7 @@ from chanscale.originals import rebuild_trunk, trunk_of
 from chanscale.programs import PROGRAM, Program, load_program
 from chanscale.rebuilding import install_tensors
 from chanscale.slicing import output_width
+from chanscale.wording import without_folder
 
 FORMAT = "chanscale-model/2"
 METADATA = "chanscale"
@@ -58,8 +59,7 @@ class ModelInfo:
     @property
     def network(self) -> str:
         """The backbone's name to show: of one that was read from a folder, not where that lay."""
-        library, colon, place = self.backbone.partition(":")
-        return f"{library}:{Path(place).name}" if colon and Path(place).is_absolute() else self.backbone
+        return without_folder(self.backbone)
 
     @property
     def widths(self) -> dict[str, int]:

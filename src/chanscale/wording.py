@@ -1,11 +1,19 @@
 """Numbers and names as people read them, and what all results say."""
 
+from pathlib import Path
+
 NOTICE = "Research software: not a medical device, and no output of it is a diagnosis."
 
 
 def printable(name: str) -> str:
     """Return a name that any output can take: bytes of a file name that are no UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def without_folder(network: str) -> str:
+    """Return the name of a network to show: of `LIBRARY:FOLDER`, not where the folder lay."""
+    library, colon, place = network.partition(":")
+    return f"{library}:{Path(place).name}" if colon and Path(place).is_absolute() else network
 
 
 def shorten(number: float) -> str:

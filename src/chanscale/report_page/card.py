@@ -10,7 +10,7 @@ from chanscale.backbones import BACKBONES
 from chanscale.config import FitConfig
 from chanscale.data.splits import SIDES
 from chanscale.report_page.material import Material
-from chanscale.wording import shorten, size_on_disk
+from chanscale.wording import shorten, size_on_disk, without_folder
 
 Rows = list[tuple[str, str]]
 
@@ -101,11 +101,8 @@ def list_options(config: FitConfig) -> list[Option]:
 
 def without_folders(config: FitConfig) -> FitConfig:
     """Return `config` with files by name alone: where they lay is nobody's business."""
-    library, colon, place = config.backbone.partition(":")
-    backbone = f"{library}:{Path(place).name}" if colon and Path(place).is_absolute() else config.backbone
-    return config.model_copy(
-        update={"weights": config.weights and Path(config.weights.name), "backbone": backbone}
-    )
+    weights = config.weights and Path(config.weights.name)
+    return config.model_copy(update={"weights": weights, "backbone": without_folder(config.backbone)})
 
 
 def write_command(config: FitConfig, backbone: str) -> str:

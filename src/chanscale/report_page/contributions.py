@@ -9,7 +9,6 @@ from PIL import Image
 from torch import Tensor
 
 from chanscale.classifier import Classifier
-from chanscale.data.loading import BatchLoader
 from chanscale.errors import UnreadableImageError
 from chanscale.explain.chains import Chain, find_chain
 from chanscale.explain.naming import ChannelNames
@@ -17,6 +16,7 @@ from chanscale.explain.patches import Patch, cut_patch
 from chanscale.explain.receptive_fields import ReceptiveField, find_receptive_field
 from chanscale.export.examples import spread
 from chanscale.heads import standardise
+from chanscale.modes import device_of
 from chanscale.report import label_layers
 from chanscale.report_page.material import Material
 from chanscale.report_page.mistakes import to_uri
@@ -73,23 +73,13 @@ def find_channels(material: Material) -> list[Channel]:
 def _contribute(model: Classifier, material: Material, indices: list[int]) -> Iterator[Tensor]:
     """Yield, for batches of images, what each feature adds to the logits: (N, outputs, channels), without the bias."""
     head = model.head
-    for maps in _maps(model, material, indices):
+    for maps in material.feature_maps(model, indices):
         standard = standardise(head.pool(maps), head.mean, head.variance)
         yield (standard[:, None, :] * head.linear.weight).cpu()
 
 
-@torch.no_grad()
-def _maps(model: Classifier, material: Material, indices: list[int]) -> Iterator[Tensor]:
-    for batch in BatchLoader(material.images, indices, batch_size=16).epoch():
-        yield model.feature_map(batch.images.to(_device_of(model)))
-
-
 def _batch(material: Material, model: Classifier, indices: list[int]) -> Tensor:
-    return material.images.batch(indices)[0].to(_device_of(model))
-
-
-def _device_of(model: Classifier) -> torch.device:
-    return next(model.parameters()).device
+    return material.images.batch(indices)[0].to(device_of(model))
 
 
 def _name(material: Material, chain: Chain, places: list[int], count: int) -> list[str]:
@@ -130,7 +120,7 @@ def _find_peaks(
 ) -> tuple[Tensor, Tensor, int]:
     """Return the largest value of each channel's map of each image, where it is, (N, channels), and a map's columns."""
     found, columns = [], 1
-    for maps in _maps(model, material, indices):
+    for maps in material.feature_maps(model, indices):
         columns = maps.shape[-1]
         found.append(maps[:, channels].flatten(2).max(2))
     peaks, places = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))

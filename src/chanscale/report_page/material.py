@@ -2,22 +2,25 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
-from chanscale.data.loading import DecodedImages, decode_images
+from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.data.splits import Splits
 from chanscale.errors import ArtifactError, ChanscaleError, DataError, one_line
 from chanscale.evaluation import Evaluation, evaluate
+from chanscale.modes import device_of
 from chanscale.originals import rebuild_trunk
 from chanscale.own_images import open_own_images
 from chanscale.programs import Program
@@ -57,6 +60,12 @@ class Material:
     def groups(self) -> NDArray[Any]:
         """The patient of each test image, or its name where none is known, shape (N,)."""
         return np.array([self.images.images.records[index].group for index in self.splits.test])
+
+    @torch.no_grad()
+    def feature_maps(self, model: Classifier, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield what the trunk of `model` makes of these images, batch by batch: (N, C, *)."""
+        for batch in BatchLoader(self.images, indices, batch_size=16).epoch():
+            yield model.feature_map(batch.images.to(device_of(model)))
 
     @property
     def is_binary(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chanscale.classifier import Classifier
 from chanscale.data.images import read_image
-from chanscale.data.loading import BatchLoader, source_of
+from chanscale.data.loading import source_of
 from chanscale.errors import UnreadableImageError
 from chanscale.evaluation import Evaluation
 from chanscale.export.examples import spread
@@ -110,8 +110,7 @@ def find_usual_map(material: Material) -> Tensor | None:
         return None
     chosen = spread(material.splits.train, MEAN_OF)
     total: Tensor | None = None
-    for batch in BatchLoader(material.images, chosen, batch_size=16).epoch():
-        features = model.feature_map(batch.images.to(device_of(model)))
+    for features in material.feature_maps(model, chosen):
         if features.dim() != 4:
             return None
         part = features.double().sum(0, keepdim=True)
