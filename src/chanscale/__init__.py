@@ -27,6 +27,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_model": "artifact",
     "measure_latency": "export.race",
+    "measure_stability": "explain.seeds",
     "merge_scales": "attaching",
     "open_images": "data.sources",
     "prune_channels": "pruning",
@@ -58,6 +59,7 @@ __all__ = [
     "load_backbone",
     "load_model",
     "measure_latency",
+    "measure_stability",
     "merge_scales",
     "open_images",
     "prune_channels",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from chanscale.errors import ChanscaleError
     from chanscale.evaluation import evaluate
     from chanscale.explain.explanation import explain_run
+    from chanscale.explain.seeds import measure_stability
     from chanscale.export.forms import export_run
     from chanscale.export.race import measure_latency
     from chanscale.pipeline import scale_and_select

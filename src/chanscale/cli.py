@@ -14,13 +14,14 @@ from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 from chanscale.explain_command import explain
 from chanscale.report_command import report
+from chanscale.stability_command import stability
 
 FAILED, INTERRUPTED = 2, 130
 
 # Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
 CHATTY = "lightning_fabric.utilities.rank_zero"
 
-for command in (compare, explain, export, latency, report, restore, verify):
+for command in (compare, explain, export, latency, report, restore, stability, verify):
     app.command()(command)
 
 

@@ -1,0 +1,168 @@
+"""Finished runs on the same images that differ in their seed, read and compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from chanscale.artifact import ModelInfo, load_model, model_path
+from chanscale.classifier import Classifier, probabilities
+from chanscale.data.loading import BatchLoader, decode_images
+from chanscale.data.sources import ImageSet
+from chanscale.data.splits import read_training_names
+from chanscale.errors import ConfigError, DataError
+from chanscale.explain.decomposition import decompose
+from chanscale.explain.pointing import enlarge
+from chanscale.explain.stability import Agreement, agree_on_channels, agree_on_maps
+from chanscale.explain.training_maps import decompose_mean, survey_training
+from chanscale.files import to_json, write_atomically
+from chanscale.own_images import open_own_images
+from chanscale.report_page.material import find_widths, read_metrics
+
+STABILITY = "stability.json"
+"""The file in a run folder that says how far its explanations depend on the seed."""
+
+SIDE = 28
+"""Pixels of the square that maps of different sizes are brought to."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far runs agree: on the channels they keep, on the maps of the same images, on the answers.
+
+    `layers`: the agreement on channels in each layer that any run keeps channels of. `images`: test images of the
+    first run, of which `seen` are such that another was trained on them. `answers`: the share of images that all runs
+    give one class; `spread`: the standard deviation of an image's probability over the runs, on average.
+    """
+
+    runs: tuple[str, ...]
+    channels: Agreement
+    layers: Mapping[str, Agreement]
+    maps: Agreement
+    images: int
+    seen: int
+    answers: float
+    spread: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, as stability.json has them."""
+        return {
+            "runs": len(self.runs),
+            "channels": self.channels.to_dict(),
+            "layers": {name: found.to_dict() for name, found in self.layers.items()},
+            "maps": self.maps.to_dict(),
+            "images": self.images, "seen": self.seen, "answers": self.answers, "spread": self.spread,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one run says of the images: maps (N, SIDE, SIDE), less their mean over training images, and (N, K)."""
+
+    info: ModelInfo
+    maps: np.ndarray[Any, Any]
+    shares: np.ndarray[Any, Any]
+
+
+def measure_stability(
+    runs: Sequence[str | Path], data: str | Path, *, progress: Progress | None = None
+) -> Stability:
+    """Compare two or more finished runs on the images at `data`, which they were made of.
+
+    Raises ConfigError, ArtifactError, DataError, ModelError.
+    """
+    files = [model_path(Path(run)) for run in runs]
+    if len({file.resolve() for file in files}) < 2:
+        raise ConfigError(f"wanted two runs or more that differ in their seed, got {len(set(files))}")
+    loaded = [_load(file) for file in files]
+    _require_alike(files, [info for _, info in loaded])
+    images, splits = open_own_images(Path(data), files[0], loaded[0][1])
+    if not splits.test:
+        raise DataError(f"{files[0].parent} set no test images aside, and on others its maps are no measure")
+    shown = ImageSet(images.source, images.classes, tuple(images.records[i] for i in splits.test))
+    answers = []
+    for number, (file, (model, info)) in enumerate(zip(files, loaded, strict=True), 1):
+        answers.append(_ask(model, info, file, Path(data), shown, _step(progress, number, len(files))))
+    return _compare(files, answers, shown)
+
+
+def write_stability(runs: Sequence[str | Path], stability: Stability) -> None:
+    """Write stability.json into the folder of each run, from where its report tells it."""
+    for run in runs:
+        write_atomically(model_path(Path(run)).with_name(STABILITY), to_json(stability.to_dict()) + "\n")
+
+
+def _load(file: Path) -> tuple[Classifier, ModelInfo]:
+    model, info = load_model(file)
+    if not isinstance(model, Classifier):
+        raise ConfigError(f"{file.parent} holds a network of your own as a program, which hides its channels")
+    return model, info
+
+
+def _require_alike(files: Sequence[Path], infos: Sequence[ModelInfo]) -> None:
+    first = infos[0]
+    for file, info in zip(files, infos, strict=True):
+        if (info.backbone, info.classes) != (first.backbone, first.classes):
+            raise ConfigError(
+                f"wanted runs that differ in their seed alone, got {first.network} for {', '.join(first.classes)} in "
+                f"{files[0].parent} and {info.network} for {', '.join(info.classes)} in {file.parent}"
+            )
+
+
+@torch.no_grad()
+def _ask(
+    model: Classifier, info: ModelInfo, file: Path, data: Path, shown: ImageSet,
+    progress: Callable[[int, int], None] | None,
+) -> _Answers:  # fmt: skip
+    images, splits = open_own_images(data, file, info)
+    usual = decompose_mean(
+        model, survey_training(model, images, splits, image_size=info.image_size, progress=progress)
+    )
+    decoded = decode_images(shown, image_size=info.image_size)
+    maps, logits = [], []
+    for batch in BatchLoader(decoded, range(len(decoded)), batch_size=16).epoch():
+        parts = decompose(model.head, model.feature_map(batch.images))
+        target = torch.zeros_like(batch.labels) if len(info.classes) == 2 else batch.labels
+        rows = torch.arange(len(target))
+        maps += list(parts.class_maps[rows, target] - usual.class_maps[0, target])
+        logits.append(parts.logits)
+    shares = probabilities(torch.cat(logits)).numpy()
+    return _Answers(info, np.stack([enlarge(one, side=SIDE) for one in maps]), shares)
+
+
+def _compare(files: Sequence[Path], answers: Sequence[_Answers], shown: ImageSet) -> Stability:
+    widths = _find_widths(files[0], answers[0].info)
+    kept = [answer.info.kept for answer in answers]
+    named = [name for name in widths if any(run.get(name) for run in kept)]
+    shares = np.stack([answer.shares for answer in answers])
+    classes = shares.argmax(2)
+    return Stability(
+        runs=tuple(str(file.parent) for file in files),
+        channels=agree_on_channels(kept, widths),
+        layers={name: agree_on_channels(kept, {name: widths[name]}) for name in named},
+        maps=agree_on_maps([answer.maps for answer in answers]),
+        images=len(shown),
+        seen=_count_seen(files, shown),
+        answers=float(np.mean((classes == classes[0]).all(0))),
+        spread=float(shares[..., -1].std(0).mean()),
+    )
+
+
+def _find_widths(file: Path, info: ModelInfo) -> Mapping[str, int]:
+    metrics = read_metrics(file.with_name("metrics.json"))
+    model, _ = load_model(file)
+    return metrics.get("widths") or find_widths(model, info)
+
+
+def _count_seen(files: Sequence[Path], shown: ImageSet) -> int:
+    seen = frozenset().union(*(read_training_names(file.with_name("splits.csv")) for file in files))
+    return sum(record.name in seen for record in shown.records)
+
+
+def _step(progress: Progress | None, number: int, count: int) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(f"run {number} of {count}", done, total)
