@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from pointing import ChangedImages, read_boxes
+from pointing_models import split_set
 
+from chanscale.data.loading import decode_images
+from chanscale.data.splits import SIDES
 from chanscale.errors import ConfigError
 from chanscale.explain.pointing import Box, centre_map, cover, energy_inside, enlarge, points_at
+from test_cli import draw
+from tiny_fits import tiny_images
 
 QUARTER = Box(0.0, 0.0, 0.5, 0.5)
 
@@ -75,3 +81,43 @@ def test_the_centre_map_points_at_the_middle():
     assert np.unravel_index(values.argmax(), values.shape) == (4, 4)
     assert values == pytest.approx(values[::-1, ::-1])
     assert points_at(values, cover([Box(0.4, 0.4, 0.2, 0.2)], side=9)) == 1.0
+
+
+# --- the benchmark
+
+
+@pytest.fixture
+def boxed(tmp_path):
+    """A set of 40 patients of two images each, of which six have a box on one image."""
+    data = draw(tmp_path / "images", patients=40)
+    named = [path.name for path in sorted((data / "spot").iterdir())][::2][:6]
+    rows = "".join(f"{name},8,8,16,16\n" for name in named)
+    (data / "boxes.csv").write_text("image,x,y,width,height\n" + rows, encoding="utf-8")
+    return data, named
+
+
+def test_no_patient_with_a_box_is_trained_on(boxed):
+    data, named = boxed
+    images = split_set(data, r"^(\d+)_")
+    sides = {side: {r.group for r in images.records if r.split == side} for side in SIDES}
+    assert {name.partition("_")[0] for name in named} <= sides["test"]
+    assert not sides["test"] & (sides["train"] | sides["validation"])
+    assert not sides["train"] & sides["validation"]
+    tested = [record.label for record in images.records if record.split == "test"]
+    assert (tested.count(0), tested.count(1)) == (8, 12)  # a fifth of 40, and all images of six patients
+
+
+def test_boxes_are_read_in_shares_of_their_image(boxed):
+    data, named = boxed
+    images = decode_images(split_set(data, r"^(\d+)_"), image_size=32)
+    boxes = read_boxes(data, images)
+    assert {images.images.records[index].name for index in boxes} == {f"spot/{name}" for name in named}
+    assert {box for found in boxes.values() for box in found} == {(0.25, 0.25, 0.5, 0.5)}
+
+
+def test_blanked_images_keep_what_is_not_blank():
+    images = tiny_images()
+    blank = ChangedImages(images, lambda pixels: torch.where(torch.arange(32) < 16, 0.5, pixels))
+    before, after = images.batch([3, 5])[0], blank.batch([3, 5])[0]
+    assert torch.equal(before[..., 16:], after[..., 16:])
+    assert after[..., :16].sub(0.5).abs().max() < 1e-5
