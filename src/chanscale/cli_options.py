@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from chanscale.config import FitConfig
+from chanscale.config import FitConfig, Frames
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts, on stdout.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
@@ -18,6 +18,10 @@ GroupOption = Annotated[
         help="Regular expression on the file name; its first group (or whole match) names the patient. "
         "The intervals come from drawing patients, not single images, again and again."
     ),
+]
+FramesOption = Annotated[
+    Frames,
+    typer.Option(help="Of DICOM files with several frames: take the first, or all, each as an image."),
 ]
 SkipOption = Annotated[bool, typer.Option(help="Leave unreadable images out, and count them.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the model file in it.")]

@@ -90,7 +90,7 @@ def choose_depth(
         return WHOLE
     read = _sample(data, splits.train)
     features, labels = features_behind(model, cuts, data, read, watcher, batch_size=config.micro_batch)
-    groups = np.array([data.images.records[index].group for index in read])
+    groups = data.images.group_keys[read]
     aucs = []
     for done, found in enumerate(features):
         watcher.on_step("finding the depth", done, len(features))

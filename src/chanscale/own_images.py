@@ -18,7 +18,9 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
     if not (config.is_file() and splits.is_file()):
         raise ArtifactError(f"beside {file} lie no config.yaml and splits.csv, which tell its test images")
     options = FitConfig.read(config)
-    images = open_images(path, group_pattern=options.group_pattern, classes=info.classes)
+    images = open_images(
+        path, group_pattern=options.group_pattern, classes=info.classes, frames=options.frames
+    )
     if options.skip_bad:  # the split names those alone that could be read
         known = read_names(splits)
         left_out = [record.name for record in images.records if record.name not in known]

@@ -61,7 +61,7 @@ def assign_folds(images: ImageSet, *, folds: int, seed: int) -> NDArray[np.intp]
         raise SplitError(
             f"{images.source} puts its images on sides of its own; use --folds 1, which keeps them"
         )
-    groups = np.array([record.group for record in images.records])
+    groups = images.group_keys
     labels = images.labels
     for label, name in enumerate(images.classes):
         count = len(set(groups[labels == label].tolist()))

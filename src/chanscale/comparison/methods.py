@@ -13,8 +13,8 @@ from chanscale.errors import ConfigError, one_line
 
 OURS = "chanscale"
 COMMON = frozenset({
-    "image_size", "group_pattern", "positive", "validation", "test", "skip_bad", "augment", "workers", "cache_gib",
-    "backbone", "weights", "batch_size", "seed", "precision", "device",
+    "image_size", "group_pattern", "frames", "positive", "validation", "test", "skip_bad", "augment", "workers",
+    "cache_gib", "backbone", "weights", "batch_size", "seed", "precision", "device",
 })  # fmt: skip
 """Options that all methods of a comparison have in common: with others, it would be another comparison."""
 

@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from chanscale.data.dicom import DICOM_SUFFIXES, Frame, is_dicom, read_dicom, read_header
 from chanscale.errors import UnreadableImageError, one_line
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"}) | DICOM_SUFFIXES
 FULL_RANGE = 65535
 
 Pixels = NDArray[np.uint16]
-Source = Path | str | NDArray[np.generic]
+Source = Path | str | Frame | NDArray[np.generic]
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
-_WANTED = "wanted a PNG, JPEG or TIFF image, grey or RGB, 8 or 16 bits a channel"
+_WANTED = "wanted a PNG, JPEG, TIFF or DICOM image, grey or RGB, 8 or 16 bits a channel"
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY = ("1", "L", "LA", *_WIDE_GREY)
 _COLOUR = ("P", "PA", "RGB", "RGBA")
@@ -45,14 +46,15 @@ def read_image(source: Source, *, size: int | None, name: str | None = None) -> 
     """Decode one image and resize it to a square, keeping all its grey levels; with no `size`, as large as it is.
 
     Returns (C, size, size), 0 to 65535, C = 1 (grey) or 3 (RGB). An 8-bit value v becomes exactly 257 v; a
-    16-bit value stays. The aspect ratio is not kept: the image is squashed, so nothing of it is cut off. An
-    image that already has the size is not filtered; others go through an antialiasing Lanczos filter, in
-    float32. `source` is a path, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8 or uint16; `name` stands
-    for it in errors. Raises UnreadableImageError, and nothing else, for an image that cannot be used.
+    16-bit value stays; of DICOM, see `read_dicom`. The aspect ratio is not kept: the image is squashed, so
+    nothing of it is cut off. An image that already has the size is not filtered; others go through an
+    antialiasing Lanczos filter, in float32. `source` is a path, a frame of a DICOM file, or an array (H, W),
+    (H, W, 1) or (H, W, 3) of uint8 or uint16; `name` stands for it in errors. Raises UnreadableImageError, and
+    nothing else, for an image that cannot be used.
     """
     label = name or ("array" if isinstance(source, np.ndarray) else str(source))
     try:
-        pixels = _check_array(source) if isinstance(source, np.ndarray) else _decode(Path(source))
+        pixels = _check_array(source) if isinstance(source, np.ndarray) else _decode(source)
         planes = _widen(pixels)
         return planes if size is None else _resize(planes, size)
     except UnreadableImageError as error:
@@ -66,8 +68,11 @@ def count_channels(source: Source) -> int:
     """Return 1 or 3 by the header alone; 1 for what cannot be read, of which `read_image` will say why."""
     if isinstance(source, np.ndarray):
         return 3 if source.ndim == 3 and source.shape[-1] == 3 else 1
+    path = source.path if isinstance(source, Frame) else Path(source)
+    if header := read_header(path):
+        return header.channels
     try:
-        with Path(source).open("rb") as file:
+        with path.open("rb") as file:
             head = file.read(_PNG_KIND.stop)
             if _is_wide_png(head):  # Pillow has no mode for grey with alpha in 16 bits, and calls it RGBA
                 return 1 if head[_PNG_KIND] == _WIDE_GREY_ALPHA else 3
@@ -77,10 +82,13 @@ def count_channels(source: Source) -> int:
         return 1
 
 
-def _decode(path: Path) -> NDArray[np.generic]:
+def _decode(source: Path | str | Frame) -> NDArray[np.generic]:
+    path, number = (source.path, source.number) if isinstance(source, Frame) else (Path(source), 1)
     data = path.read_bytes()
     if not data:
         raise UnreadableImageError(f"{_WANTED}, got an empty file of 0 bytes. Get it again, or remove it.")
+    if is_dicom(path, data):
+        return read_dicom(data, frame=number)
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _refuse(image)
         bits = _read_tag(image, _TIFF_BITS, ())

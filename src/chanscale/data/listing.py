@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from chanscale.data.dicom import DICOM_SUFFIXES, is_listed
 from chanscale.data.images import IMAGE_SUFFIXES
 from chanscale.errors import DataError
 from chanscale.files import exists
@@ -13,6 +14,7 @@ from chanscale.files import exists
 def list_images(folder: Path) -> list[Path]:
     """Return the images in a folder and below it, sorted; hidden ones and other suffixes are passed over.
 
+    A file without a suffix is an image if its content is DICOM; a DICOMDIR is none.
     Links are followed, and each folder is entered once. A link that leads nowhere is listed if its name is
     that of an image: reading it says what is wrong. Raises DataError for a folder that cannot be listed.
     """
@@ -25,7 +27,7 @@ def list_images(folder: Path) -> list[Path]:
         folders[:] = [entry.name for entry in entries if _is_new(entry, seen)]
         images = _shown(place, files)
         _refuse_lost(images)
-        found += [path for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
+        found += [path for path in images if _is_image(path)]
     return sorted(found)
 
 
@@ -37,6 +39,10 @@ def list_folders(folder: Path) -> list[Path]:
         return sorted(entry for entry in entries if entry.is_dir())
     except OSError as error:
         _refuse(error)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES or is_listed(path)
 
 
 def _refuse_lost(paths: Iterable[Path]) -> None:

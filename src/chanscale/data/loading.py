@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from chanscale.data.dicom import Frame
 from chanscale.data.images import FULL_RANGE, Pixels, Source, count_channels, read_image
 from chanscale.data.memory import free_memory
 from chanscale.data.sources import ImageRecord, ImageSet
@@ -193,9 +194,11 @@ def _decode_all(
 
 
 def source_of(record: ImageRecord) -> Source:
-    """Return where the pixels of an image are: its file, or an array."""
+    """Return where the pixels of an image are: its file, a frame of it, or an array."""
     if record.pixels is not None:
         return record.pixels
+    if record.path is not None and record.frame is not None:
+        return Frame(record.path, record.frame)
     return record.path or record.name
 
 

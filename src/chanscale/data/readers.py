@@ -1,8 +1,8 @@
-"""A folder per class, a CSV table or a MedMNIST `.npz` file, read into rows of one kind."""
+"""A folder per class, a CSV table or a MedMNIST `.npz` file, read into rows of one kind; a table may name others."""
 
 import csv
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
@@ -90,7 +90,7 @@ def _read_table(table: Path) -> list[Row]:
         )
     if not cells:
         raise DataError(f"{table} has a header but no row; add a line for each image.")
-    return [_to_row(row, table, line) for line, row in cells]
+    return [row for line, cell in cells for row in _to_rows(cell, table, line)]
 
 
 def _clean(row: dict[str, str | None]) -> dict[str, str]:
@@ -98,11 +98,11 @@ def _clean(row: dict[str, str | None]) -> dict[str, str]:
     return {key.strip().lower(): (value or "").strip() for key, value in row.items() if isinstance(key, str)}
 
 
-def _to_row(row: dict[str, str], table: Path, line: int) -> Row:
+def _to_rows(row: dict[str, str], table: Path, line: int) -> list[Row]:
+    """Return the image of a line, or all images of the folder or `.npz` that a line without a label names."""
     where = f"{table}, line {line}"
-    for column in ("path", "label"):
-        if not row[column]:
-            raise DataError(f"{where}: the {column} is missing.")
+    if not row["path"]:
+        raise DataError(f"{where}: the path is missing.")
     name, word = _to_name(row["path"], table), row.get("split", "").lower()
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(str(name)).is_absolute():
         raise DataError(
@@ -111,7 +111,15 @@ def _to_row(row: dict[str, str], table: Path, line: int) -> Row:
         )
     if word and word not in SPLIT_WORDS:
         raise DataError(f"{where}: the split must be one of {', '.join(SPLIT_WORDS)}, got {row['split']!r}.")
-    return Row(str(name), row["label"], row.get("group") or None, SPLIT_WORDS.get(word), table.parent / name)
+    path, group, split = table.parent / name, row.get("group") or None, SPLIT_WORDS.get(word)
+    if row["label"]:
+        return [Row(str(name), row["label"], group, split, path)]
+    if not (path.is_dir() or path.suffix.lower() == ".npz"):
+        raise DataError(f"{where}: the label is missing.")
+    if group:
+        raise DataError(f"{where}: {row['path']} has groups of its own; leave the group empty.")
+    found = read_rows(path)
+    return [replace(own, name=str(name / own.name), split=own.split or split) for own in found]
 
 
 def _to_name(path: str, table: Path) -> PurePosixPath:

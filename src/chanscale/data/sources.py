@@ -8,10 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chanscale.config import Frames
+from chanscale.data.dicom import name_frame, read_header
+from chanscale.data.dicom_patients import load_key, rename_patient
 from chanscale.data.readers import Row, Side, read_rows
 from chanscale.errors import DataError
 from chanscale.files import is_file
@@ -24,7 +28,8 @@ class ImageRecord:
 
     `name` is unique within the set: the path relative to the root, or 'train/17' in an `.npz`. `label` is an
     index into the classes. `group` is the patient, or the name itself where no patient is known. `split` is
-    the side that the source itself puts the image on. Either `path` or `pixels` is there.
+    the side that the source itself puts the image on. Either `path` or `pixels` is there. `frame`, from 1, is
+    one of several of a DICOM file. `renamed`: the group is a patient of a DICOM header, under another name.
     """
 
     name: str
@@ -33,6 +38,8 @@ class ImageRecord:
     split: Side | None = None
     path: Path | None = None
     pixels: NDArray[np.generic] | None = field(default=None, compare=False, repr=False)
+    frame: int | None = None
+    renamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,19 @@ class ImageSet:
         """Whether a patient is known for any image."""
         return any(record.group != record.name for record in self.records)
 
+    @property
+    def group_keys(self) -> NDArray[Any]:
+        """What tells groups apart when they are sorted or drawn, shape (len,): the same on every machine.
+
+        The names that patients of DICOM get depend on a secret; where there are such, groups are numbered as they
+        appear.
+        """
+        groups = [record.group for record in self.records]
+        if not any(record.renamed for record in self.records):
+            return np.array(groups)
+        number = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+        return np.array([number[group] for group in groups])
+
     def on_side(self, side: Side) -> "ImageSet | None":
         """Return the images that the source itself puts on this side, or None if there are none."""
         records = tuple(record for record in self.records if record.split == side)
@@ -89,19 +109,23 @@ def open_images(
     group_pattern: str | None = None,
     classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
+    frames: Frames = "first",
 ) -> ImageSet:
     """List the images and labels of a folder, a table or an array file.
 
     - A folder holds a folder per class; subfolders of a class belong to it. Hidden files, other suffixes and
       images outside a class folder are passed over.
     - A `.csv` has the columns path and label, and may have group and split (train, val or validation, test).
-      Paths are relative to the table and stay below its folder, so that the two can be moved together.
+      Paths are relative to the table and stay below its folder, so that the two can be moved together. A line
+      without a label names a folder or an `.npz`, whose images come with their own labels, groups and splits.
     - A `.npz` has MedMNIST's keys `{train,val,test}_{images,labels}`; its splits are the official ones.
 
     `group_pattern` is searched in the file name (in the whole relative path if the pattern has a '/'); its
-    first group, or else its whole match, names the patient. `classes` gives the names and their order, as
-    when a model is evaluated: then a class may be absent, and no other may appear. With `skip_bad`, rows
-    whose file is missing are left out. Raises DataError.
+    first group, or else its whole match, names the patient. Else the PatientID of a DICOM file does, as a keyed
+    hash; it is not kept. Of DICOM files with several `frames`, the first is taken, or each, as one image.
+    `classes` gives the names and their order, as when a model is evaluated: then a class may be absent, and no
+    other may appear. With `skip_bad`, rows whose file is missing are left out. Raises DataError, and ConfigError
+    where the key of the hash cannot be had.
     """
     source = Path(path)
     rows = read_rows(source)
@@ -114,7 +138,7 @@ def open_images(
         )
     _check_names(rows, source)
     names = _order_classes({row.label for row in rows}) if classes is None else classes
-    images = ImageSet(source, names, _to_records(rows, names, group_pattern, source))
+    images = ImageSet(source, names, _to_records(rows, names, group_pattern, source, frames))
     images = images.without(missing) if missing else images
     if classes is None:
         _check_classes(images)
@@ -149,8 +173,18 @@ def _check_classes(images: ImageSet) -> None:
         )
 
 
+def spread_frames(record: ImageRecord) -> list[ImageRecord]:
+    """Return a record for each frame of a DICOM file that has several, all of one group; else the record."""
+    header = None if record.path is None else read_header(record.path)
+    count = 1 if header is None else header.frames
+    if count == 1:
+        return [record]
+    numbers = range(1, count + 1)
+    return [replace(record, name=name_frame(record.name, number), frame=number) for number in numbers]
+
+
 def _to_records(
-    rows: list[Row], classes: tuple[str, ...], group_pattern: str | None, source: Path
+    rows: list[Row], classes: tuple[str, ...], group_pattern: str | None, source: Path, frames: Frames
 ) -> tuple[ImageRecord, ...]:
     pattern = _compile(group_pattern)
     if pattern is not None and any(row.group for row in rows):
@@ -163,10 +197,22 @@ def _to_records(
         raise DataError(
             f"{source} has the class {unknown[0]!r}; wanted only {', '.join(map(repr, classes))}."
         )
-    return tuple(
-        ImageRecord(row.name, index[row.label], _find_group(row, pattern), row.split, row.path, row.pixels)
-        for row in rows
-    )
+    records = [_to_record(row, index[row.label], pattern) for row in rows]
+    if frames == "all":
+        records = [frame for record in records for frame in spread_frames(record)]
+    return tuple(records)
+
+
+def _to_record(row: Row, label: int, pattern: re.Pattern[str] | None) -> ImageRecord:
+    group = _find_group(row, pattern)
+    renamed = _rename_patient(row.path) if group is None and row.path is not None else None
+    group = group or renamed or row.name
+    return ImageRecord(row.name, label, group, row.split, row.path, row.pixels, renamed=renamed is not None)
+
+
+def _rename_patient(path: Path) -> str | None:
+    header = read_header(path)
+    return rename_patient(header.patient, key=load_key()) if header and header.patient else None
 
 
 def _compile(group_pattern: str | None) -> re.Pattern[str] | None:
@@ -176,9 +222,9 @@ def _compile(group_pattern: str | None) -> re.Pattern[str] | None:
         raise DataError(f"group_pattern={group_pattern!r} is not a regular expression: {error}.") from error
 
 
-def _find_group(row: Row, pattern: re.Pattern[str] | None) -> str:
+def _find_group(row: Row, pattern: re.Pattern[str] | None) -> str | None:
     if pattern is None:
-        return row.group or row.name
+        return row.group
     text = row.name if "/" in pattern.pattern else PurePosixPath(row.name).name
     match = pattern.search(text)
     group = match and match.group(1 if pattern.groups else 0)
