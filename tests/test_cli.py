@@ -189,7 +189,7 @@ def other_value(name):
         "group_pattern": "^(\\d+)_", "positive": "spot", "weights": Path("w.h5"), "cache_gib": 0.5,
         "tolerance": 0.01, "budget_of": "macs", "penalty": "gradient", "weigh_by": "macs",
         "precision": "32-true", "device": "cpu", "backbone": "other", "micro_batch": 4,
-        "threshold": 0.05, "depth": "full",
+        "threshold": 0.05, "depth": "full", "sensitivity": 0.9, "coverage": 0.9, "frames": "all",
     }  # fmt: skip
     if name in special:
         return special[name]

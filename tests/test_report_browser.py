@@ -56,6 +56,15 @@ def long_names(tmp_path_factory) -> Path:
     return out / REPORT
 
 
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory) -> Path:
+    """A report of a run with an operating point and prediction sets."""
+    out = tmp_path_factory.mktemp("chosen") / "run"
+    config = tiny_config(sensitivity=0.6, coverage=0.5, validation=0.3)
+    scale_and_select(tiny_classifier().trunk, draw(EVIL), config=config, out=out)
+    return out / REPORT
+
+
 @pytest.fixture
 def open_page(browser):
     """Return a function that opens a report in a tab; what the tab complains of, or asks for, fails the test."""
@@ -121,6 +130,20 @@ def test_one_key_leads_back_to_one_half(open_page, report):
     assert (counts(page), page.text_content("#npv"), page.text_content("#threshold-shown")) == before
 
 
+def test_the_slider_starts_at_the_operating_point_and_comes_back_to_it(open_page, chosen):
+    page, plain = open_page(chosen), open_page(chosen, java_script_enabled=False)
+    start = json.loads(page.text_content("#data"))["start"]
+    assert start["threshold"] != 0.5
+    for step in ("as it opens", "after a way"):
+        assert page.text_content("#threshold-shown") == f"{start['threshold']:.3f}", step
+        assert counts(page) == counts(plain), step
+        assert (counts(page)["tp"], counts(page)["fp"]) == (start["true_positives"], start["false_positives"])
+        page.focus("#threshold")
+        page.keyboard.press("End")
+        assert counts(page)["tp"] == 0
+        page.click("#reset")
+
+
 def test_without_a_script_the_figures_at_one_half_stand_there(open_page, report):
     page, plain = open_page(report), open_page(report, java_script_enabled=False)
     assert page.is_visible("#threshold")
@@ -131,8 +154,8 @@ def test_without_a_script_the_figures_at_one_half_stand_there(open_page, report)
 
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_screen_needs_horizontal_scrolling(open_page, report, long_names, width, scheme):
-    for path in (report, long_names):
+def test_no_screen_needs_horizontal_scrolling(open_page, report, long_names, chosen, width, scheme):
+    for path in (report, long_names, chosen):
         page = open_page(path, viewport={"width": width, "height": 800}, color_scheme=scheme)
         page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") == width

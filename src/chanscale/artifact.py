@@ -17,10 +17,12 @@ from torch.nn.modules.conv import _ConvNd
 from chanscale import __version__
 from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
+from chanscale.conformal import PredictionSets
 from chanscale.cutting_points import cut_trunk
 from chanscale.errors import ArtifactError, ChanscaleError, ModelError, one_line
 from chanscale.files import write_atomically
 from chanscale.modes import in_eval
+from chanscale.operating_point import OperatingPoint
 from chanscale.originals import rebuild_trunk, trunk_of
 from chanscale.programs import PROGRAM, Program, load_program
 from chanscale.rebuilding import install_tensors
@@ -42,7 +44,8 @@ class ModelInfo:
     groups that are protected are not named. Where grouped convolutions hold channels together, those count as one.
     `image_size` in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that
     ours replaced, if one was. `without`: the modules of its trunk that are left out. `rebuilt_by`: its name; or a
-    program that lies beside the file; or only the original network.
+    program that lies beside the file; or only the original network. `operating_point`, `prediction_sets`: how to read
+    its probabilities, where that was settled.
     """
 
     backbone: str
@@ -55,6 +58,8 @@ class ModelInfo:
     without: tuple[str, ...] = ()
     rebuilt_by: Literal["name", "program", "network"] = "name"
     program: str | None = None
+    operating_point: OperatingPoint | None = None
+    prediction_sets: PredictionSets | None = None
 
     @property
     def network(self) -> str:

@@ -12,6 +12,7 @@ import typer
 from chanscale import __version__, demo
 from chanscale.cli_options import (
     DataArgument,
+    FramesOption,
     GroupOption,
     JsonOption,
     ResumeOption,
@@ -99,16 +100,20 @@ def evaluate(
     run_folder: RunArgument,
     data: DataArgument,
     group_pattern: GroupOption = None,
+    frames: FramesOption = "first",
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Judge a run on labelled images that it has not seen."""
     from chanscale.artifact import load_model
     from chanscale.data import decode_images, open_images
+    from chanscale.decision_rules import judge_rules
     from chanscale.evaluation import evaluate as judge
 
     model, info = load_model(run_folder)
-    images = open_images(data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad)
+    images = open_images(
+        data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad, frames=frames
+    )
     images = _take_unseen(images, run_folder)
     warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
     with watching() as watcher:
@@ -118,12 +123,13 @@ def evaluate(
             skip_bad=skip_bad,
             progress=steps_of(watcher, "decoding images"),
         )
-        judged = judge(model, decoded, progress=steps_of(watcher, "evaluating")).to_dict()
+        judged = judge(model, decoded, progress=steps_of(watcher, "evaluating"))
     _report_skipped(decoded.images.skipped)
+    told = judged.to_dict() | judge_rules(judged, info.operating_point, info.prediction_sets)
     if as_json:
-        show_json(judged)
+        show_json(told)
     else:
-        out.print(describe_evaluation(judged))
+        out.print(describe_evaluation(told))
 
 
 @app.command()
@@ -133,6 +139,7 @@ def predict(
     table: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="CSV table to write, e.g. predictions.csv.")
     ] = None,
+    frames: FramesOption = "first",
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -146,7 +153,7 @@ def predict(
     model, info = load_model(run_folder)
     with watching() as watcher:
         predictions = predict_images(
-            model, info, images, skip_bad=skip_bad,
+            model, info, images, skip_bad=skip_bad, frames=frames,
             decoding=steps_of(watcher, "decoding images"), predicting=steps_of(watcher, "predicting"),
         )  # fmt: skip
     _report_skipped(predictions.skipped)
@@ -282,7 +289,7 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
     folder = RunFolder.open(out_folder, config, resume=resume)
     warn_about_patients(
         # Without a name, so that they are not held through the run, which opens them itself.
-        open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad),
+        open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames),
         config.group_pattern,
         "who may then stand on two sides of the split",
     )
@@ -348,6 +355,8 @@ def _show_run(run: "Run", *, as_json: bool) -> None:
     skipped = run.metrics["images"]["skipped"]
     if skipped:
         complain(f"warning: left out {_count_unreadable(skipped)}; {run.folder}/splits.csv lists the others")
+    if doubt := run.metrics.get("operating_point", {}).get("doubt"):
+        complain(f"warning: {doubt}")
     if as_json:
         show_json({"run": str(run.folder), **run.metrics})
         return

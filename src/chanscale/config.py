@@ -17,9 +17,10 @@ Penalty = Literal["proximal", "gradient"]
 Weighting = Literal["uniform", "parameters", "macs"]
 FixedPrecision = Literal["32-true", "bf16-mixed"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
+Frames = Literal["first", "all"]
 
 
-BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full"}
+BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False}
 """What an option came to before there was such an option, where that was not its default."""
 
 
@@ -35,7 +36,10 @@ class FitConfig(BaseModel):
     group_pattern: str | None = Field(
         None,
         description="Regular expression on the file name; its first group (or whole match) names the patient. "
-        "Images of one patient stay on one side of the split.",
+        "Images of one patient stay on one side of the split. Default: of DICOM files, a hash of the PatientID.",
+    )
+    frames: Frames = Field(
+        "first", description="Of DICOM files with several frames: take the first, or all, each as an image."
     )
     positive: str | None = Field(
         None, description="Class that counts as positive when there are two; default: the last in order."
@@ -150,6 +154,24 @@ class FitConfig(BaseModel):
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
         5, ge=1, description="Images of a step that the trunk computes at a time; fewer take less memory."
+    )
+
+    # --- how probabilities are read, settled on validation images
+    calibrate: bool = Field(
+        True, description="Divide the logits by the temperature that makes the validation images likeliest."
+    )
+    sensitivity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Find the threshold that calls this share of the positive images positive; of two classes.",
+    )
+    coverage: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Give each image the set of classes that cannot be ruled out, which is to hold the true one for "
+        "this share of the images of each class.",
     )
 
     # --- machine

@@ -21,10 +21,13 @@ from chanscale.config import FitConfig
 from chanscale.files import to_json
 from chanscale.progress import Watcher
 from chanscale.schedule import Moment, plan_epochs
-from chanscale.wording import percent, printable, shorten
+from chanscale.wording import percent, printable, shorten, without_controls
 
 if TYPE_CHECKING:
     from chanscale.inspection import NetworkReport
+
+AT_POINT = ("sensitivity", "specificity", "ppv", "npv")
+"""The figures of an operating point."""
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -170,7 +173,8 @@ def say(text: str) -> None:
 
 def complain(message: object) -> None:
     """Write one line on stderr."""
-    typer.echo(printable(" ".join(line.strip() for line in str(message).splitlines())), err=True)
+    line = " ".join(line.strip() for line in str(message).splitlines())
+    typer.echo(without_controls(printable(line)), err=True)
 
 
 def show_json(value: Any) -> None:
@@ -179,11 +183,25 @@ def show_json(value: Any) -> None:
 
 
 def describe_evaluation(judged: Mapping[str, Any]) -> Table:
-    """Return a table of what `Evaluation.to_dict` gives."""
+    """Return a table of what `Evaluation.to_dict` and `judge_rules` give."""
     table = Table("", "value", "95 % interval", box=box.SIMPLE_HEAD, caption=f"{judged['n']} images")
     for name, (low, high) in judged["intervals"].items():
         table.add_row(Text(name), f"{judged[name]:.3f}", f"{low:.3f} to {high:.3f}")
+    for name, figure in _name_rules(judged).items():
+        table.add_row(Text(name), f"{figure['value']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
     return table
+
+
+def _name_rules(judged: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Return the figures of the operating point and of prediction sets, by what to call them."""
+    point, sets = judged.get("operating_point"), judged.get("prediction_sets")
+    figures = {f"{name} at {point['threshold']:.3f}": point[name] for name in AT_POINT} if point else {}
+    if sets:
+        figures |= {
+            f"coverage of sets for {sets['wanted']:g}": sets["coverage"],
+            "classes in a set": sets["size"],
+        }
+    return figures
 
 
 def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -210,9 +228,20 @@ def describe_groups(report: "NetworkReport") -> Table:
 
 def describe_predictions(predictions: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of what `Predictions.to_dicts` gives."""
-    columns = ["image", "predicted", *predictions[0]["probabilities"]] if predictions else ["image"]
+    if not predictions:
+        return describe_rows(["image"], [])
+    first = predictions[0]
+    rules = {"called_positive": "positive", "prediction_set": "not ruled out"}
+    named = [title for name, title in rules.items() if name in first]
     rows = [
-        [item["image"], item["predicted"], *(f"{share:.3f}" for share in item["probabilities"].values())]
+        [
+            item["image"], item["predicted"], *(f"{share:.3f}" for share in item["probabilities"].values()),
+            *(_describe_rule(item[name]) for name in rules if name in item),
+        ]
         for item in predictions
-    ]
-    return describe_rows(columns, rows)
+    ]  # fmt: skip
+    return describe_rows(["image", "predicted", *first["probabilities"], *named], rows)
+
+
+def _describe_rule(said: bool | Sequence[str]) -> str:
+    return ("yes" if said else "no") if isinstance(said, bool) else ", ".join(said)

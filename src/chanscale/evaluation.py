@@ -1,6 +1,6 @@
 """Run a model over images and judge what it says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from chanscale.classifier import Classifier, probabilities
 from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.errors import DataError
-from chanscale.metrics import Estimate, estimate, metrics_for
+from chanscale.metrics import Estimate, Metric, estimate, metrics_for
 from chanscale.programs import Program
 
 
@@ -19,14 +19,21 @@ from chanscale.programs import Program
 class Evaluation:
     """What a model says about images whose classes are known, and how good that is.
 
-    `probabilities` (N, K), `labels` (N,), `names` in the same order. `estimates`: auc, accuracy and, for two
-    classes, sensitivity and specificity at probability 0.5, each with a 95 % interval.
+    `logits` (N, 1 or K), `probabilities` (N, K), `labels` (N,), `names` and `groups`, the patients, in the same order.
+    `estimates`: auc, accuracy and, for two classes, sensitivity and specificity at probability 0.5, each with a 95 %
+    interval.
     """
 
     names: tuple[str, ...]
+    groups: NDArray[np.str_]
     labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     estimates: dict[str, Estimate]
+
+    def estimate(self, metrics: Mapping[str, Metric]) -> dict[str, Estimate]:
+        """Return other figures of the same images, with their intervals over the same patients."""
+        return estimate(metrics, self.probabilities, self.labels, self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers: `n`, each figure, and its interval under `intervals`."""
@@ -51,14 +58,14 @@ def evaluate(
             "open them with open_images(..., classes=model.classes)"
         )
     indices = range(len(data)) if indices is None else indices
-    scores, labels = predict(model, data, indices, progress=progress)
-    records = [data.images.records[i] for i in indices]
-    groups = np.array([record.group for record in records])
+    logits, labels = predict_logits(model, data, indices, progress=progress)
+    scores = probabilities(torch.from_numpy(logits)).numpy()
+    names = tuple(data.images.records[i].name for i in indices)
+    groups = data.images.group_keys[list(indices)]
     estimates = estimate(metrics_for(len(model.classes)), scores, labels, groups)
-    return Evaluation(tuple(record.name for record in records), labels, scores, estimates)
+    return Evaluation(names, groups, labels, logits, scores, estimates)
 
 
-@torch.no_grad()
 def predict(
     model: Classifier | Program,
     data: DecodedImages,
@@ -68,14 +75,28 @@ def predict(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the probabilities (N, K), computed in fp32, and the labels (N,) of some images."""
+    if not len(indices):
+        return np.zeros((0, len(model.classes)), np.float32), np.zeros(0, np.int64)
+    logits, labels = predict_logits(model, data, indices, batch_size=batch_size, progress=progress)
+    return probabilities(torch.from_numpy(logits)).numpy(), labels
+
+
+@torch.no_grad()
+def predict_logits(
+    model: Classifier | Program,
+    data: DecodedImages,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the logits (N, 1 or K), computed in fp32, and the labels (N,) of some images, one at least."""
     model.eval()
     device = next(model.parameters()).device
-    scores, labels = [], []
+    logits, labels = [], []
     for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
-        scores.append(probabilities(model(batch.images.to(device))).cpu())
+        logits.append(model(batch.images.to(device)).float().cpu())
         labels.append(batch.labels)
         if progress:
             progress(sum(map(len, labels)), len(indices))
-    if not scores:
-        return np.zeros((0, len(model.classes)), np.float32), np.zeros(0, np.int64)
-    return torch.cat(scores).numpy(), torch.cat(labels).numpy()
+    return torch.cat(logits).numpy(), torch.cat(labels).numpy()

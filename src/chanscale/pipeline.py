@@ -23,6 +23,7 @@ from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
+from chanscale.decision_rules import require_support, settle_rules
 from chanscale.depth import Depth, choose_depth, end_trunk
 from chanscale.devices import find_precision, on_device
 from chanscale.errors import ChanscaleError, ConfigError, WeightsError
@@ -97,6 +98,7 @@ def _run(
     splits = (folder.read_splits(images.images) if folder else None) or split_images(
         images.images, validation=config.validation, test=config.test, seed=config.seed
     )
+    require_support(config, images, splits)
     original, classifier = open_classifier(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
@@ -136,10 +138,17 @@ def _run(
     best = fit(classifier, images, splits, config, state=state, watcher=watcher, save=save)
     if config.fold_grey:
         best = replace(best, model=fold_grey(best.model, images.batch(splits.validation[:2])[0]))
-    info = kept_by(best, info)
+    calibrated, rules = settle_rules(
+        best.model, images, splits, config, progress=partial(watcher.on_step, "calibrating")
+    )
+    best = replace(best, model=calibrated)
+    info = replace(
+        kept_by(best, info), operating_point=rules.operating_point, prediction_sets=rules.prediction_sets
+    )
     judged = evaluate_test(best.model, images, splits, watcher)
     metrics = {
         **describe_test(judged, images, splits),
+        **rules.judge(judged),
         "before": notes["before"],
         **measure(classifier, best, images, full=original.full_parameters),
         "depth": depth.to_dict(),
@@ -212,7 +221,9 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
 
 def open_path(path: Path, config: FitConfig) -> ImageSet:
     """List the images of a folder, table or array file as `config` says. Raises DataError, ConfigError."""
-    open_as = partial(open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad)
+    open_as = partial(
+        open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames
+    )
     images = open_as()
     if config.positive is None:
         return images

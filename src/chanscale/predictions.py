@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from chanscale.artifact import ModelInfo
 from chanscale.classifier import Classifier
+from chanscale.config import Frames
+from chanscale.conformal import PredictionSets
 from chanscale.data.images import IMAGE_SUFFIXES
 from chanscale.data.listing import list_images
 from chanscale.data.loading import decode_images
-from chanscale.data.sources import ImageRecord, ImageSet
+from chanscale.data.sources import ImageRecord, ImageSet, spread_frames
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import exists
+from chanscale.operating_point import OperatingPoint
 from chanscale.programs import Program
 
 Progress = Callable[[int, int], None]
@@ -26,39 +29,75 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities (N, K) of `classes` for the images `names`; `skipped` were unreadable."""
+    """Probabilities (N, K) of `classes` for the images `names`; `skipped` were unreadable.
+
+    `operating_point`, `prediction_sets`: the model's rules to read them by, where it has any.
+    """
 
     names: tuple[str, ...]
     classes: tuple[str, ...]
     probabilities: NDArray[np.float32]
     skipped: tuple[str, ...] = ()
+    operating_point: OperatingPoint | None = None
+    prediction_sets: PredictionSets | None = None
 
     @property
     def predicted(self) -> tuple[str, ...]:
         """The most probable class of each image."""
         return tuple(self.classes[index] for index in self.probabilities.argmax(1))
 
+    @property
+    def called_positive(self) -> list[bool] | None:
+        """Whether each image is positive at the operating point; None without one."""
+        if self.operating_point is None:
+            return None
+        called: list[bool] = self.operating_point.call(self.probabilities).tolist()
+        return called
+
+    @property
+    def sets(self) -> list[list[str]] | None:
+        """The classes that cannot be ruled out for each image; None where that is not settled."""
+        if self.prediction_sets is None:
+            return None
+        held = self.prediction_sets.contain(self.probabilities)
+        return [[self.classes[k] for k in np.flatnonzero(row)] for row in held]
+
     def to_csv(self) -> str:
-        """Return a table with the columns image, predicted and, for each class, `probability_<class>`."""
+        """Return a table with the columns image, predicted and, for each class, `probability_<class>`.
+
+        With an operating point there is `called_positive`, with prediction sets, for each class, `in_set_<class>`.
+        """
+        columns = self._columns()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", "predicted", *(f"probability_{name}" for name in self.classes)])
-        for name, predicted, shares in zip(self.names, self.predicted, self.probabilities, strict=True):
-            writer.writerow([name, predicted, *(f"{share:.8g}" for share in shares)])
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
         return text.getvalue()
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return for each image its name, the predicted class, and the probability of each class."""
-        return [
-            {
-                "image": name,
-                "predicted": predicted,
-                "probabilities": dict(zip(self.classes, shares, strict=True)),
-            }
-            for name, predicted, shares in zip(
-                self.names, self.predicted, self.probabilities.tolist(), strict=True
-            )
-        ]
+        """Return for each image its name, the predicted class, and the probability of each class.
+
+        With an operating point also `called_positive`, with prediction sets `prediction_set`.
+        """
+        shares = [dict(zip(self.classes, row, strict=True)) for row in self.probabilities.tolist()]
+        told: dict[str, Sequence[Any] | None] = {
+            "image": self.names, "predicted": self.predicted, "probabilities": shares,
+            "called_positive": self.called_positive, "prediction_set": self.sets,
+        }  # fmt: skip
+        known = {name: values for name, values in told.items() if values is not None}
+        return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
+
+    def _columns(self) -> dict[str, Sequence[str]]:
+        """Return the cells of the table, by column."""
+        columns: dict[str, Sequence[str]] = {"image": self.names, "predicted": self.predicted}
+        for name, shares in zip(self.classes, self.probabilities.T, strict=True):
+            columns[f"probability_{name}"] = [f"{share:.8g}" for share in shares]
+        if self.called_positive is not None:
+            columns["called_positive"] = [_yes_or_no(called) for called in self.called_positive]
+        if self.sets is not None:
+            for name in self.classes:
+                columns[f"in_set_{name}"] = [_yes_or_no(name in held) for held in self.sets]
+        return columns
 
 
 def predict_images(
@@ -67,6 +106,7 @@ def predict_images(
     paths: Sequence[Path],
     *,
     skip_bad: bool = False,
+    frames: Frames = "first",
     decoding: Progress | None = None,
     predicting: Progress | None = None,
 ) -> Predictions:
@@ -75,21 +115,30 @@ def predict_images(
     `info`: what the model's file says of it. `decoding` and `predicting` hear of images done, of all. Raises
     DataError, and UnreadableImageError unless `skip_bad` leaves such images out.
     """
-    images = open_unlabelled(paths, info)
+    images = open_unlabelled(paths, info, frames=frames)
     data = decode_images(images, image_size=info.image_size, skip_bad=skip_bad, progress=decoding)
     probabilities, _ = predict(model, data, range(len(data)), progress=predicting)
     names = tuple(record.name for record in data.images.records)
-    return Predictions(names, info.classes, probabilities, data.images.skipped)
+    return Predictions(
+        names, info.classes, probabilities, data.images.skipped, info.operating_point, info.prediction_sets
+    )
 
 
-def open_unlabelled(paths: Sequence[Path], info: ModelInfo) -> ImageSet:
+def open_unlabelled(paths: Sequence[Path], info: ModelInfo, *, frames: Frames = "first") -> ImageSet:
     """Return image files, and all images in folders, each once, as a set. Raises DataError.
 
+    Of DICOM files with several `frames`, the first is taken, or each, as one image.
     No class is known: the labels stand empty, and are not to be looked at.
     """
     files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
-    records = tuple(ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
-    return ImageSet(paths[0], info.classes, records)
+    records = (ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
+    if frames == "all":
+        records = (frame for record in records for frame in spread_frames(record))
+    return ImageSet(paths[0], info.classes, tuple(records))
+
+
+def _yes_or_no(fact: bool) -> str:
+    return "yes" if fact else "no"
 
 
 def _find_images(path: Path) -> Iterable[Path]:

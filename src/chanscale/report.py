@@ -120,12 +120,34 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     if images:
         patients = metrics.get("patients", images)
         text += f".\n{images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
+    text += "".join(f".\n{line}" for line in _describe_rules(metrics))
     if protected := metrics["groups"]["protected"]:
         every = len(protected) + metrics["groups"]["prunable"]
         text += (
             f".\n{len(protected)} of {every} channel groups left whole, since a removal would not be exact"
         )
     return f"{text}."
+
+
+def _describe_rules(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a line about probabilities, and one about what is called positive and what is not ruled out."""
+    calibration, lines = metrics.get("calibration", {}), []
+    if calibration.get("temperature", 1) != 1 and "after" in calibration:
+        before, after = (calibration[side]["ece"]["value"] for side in ("before", "after"))
+        lines.append(
+            f"Temperature {calibration['temperature']:.2f}: calibration error {before:.3f} before, {after:.3f} after"
+        )
+    point, sets, parts = metrics.get("operating_point", {}), metrics.get("prediction_sets", {}), []
+    if "sensitivity" in point:
+        shares = [f"{name} {_value(point[name])}" for name in ("sensitivity", "specificity")]
+        parts.append(f"At {point['threshold']:.3f}: {', '.join(shares)}")
+    if "coverage" in sets:
+        parts.append(f"Sets: {_value(sets['coverage'])} covered, {_value(sets['size'])} classes")
+    return [*lines, *([". ".join(parts)] if parts else [])]
+
+
+def _value(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.2f}"
 
 
 def _describe_reading(depth: Mapping[str, Any]) -> str:

@@ -1,13 +1,21 @@
 """Numbers and names as people read them, and what all results say."""
 
+import unicodedata
 from pathlib import Path
 
 NOTICE = "Research software: not a medical device, and no output of it is a diagnosis."
+
+_CONTROLS = ("Cc", "Cf", "Zl", "Zp")  # Cf turns the direction of writing, among others
 
 
 def printable(name: str) -> str:
     """Return a name that any output can take: bytes of a file name that are no UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def without_controls(text: str) -> str:
+    """Return a line with control characters escaped: the name of a file could move the cursor, or forge a line."""
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in _CONTROLS else c for c in text)
 
 
 def without_folder(network: str) -> str:

@@ -78,16 +78,23 @@ def describe_model(material: Material) -> Rows:
 def describe_training(material: Material) -> Rows:
     """Return how the model was trained, and what that took."""
     metrics = material.metrics
-    validation = metrics["validation_auc"]
+    validation, calibration = metrics["validation_auc"], metrics.get("calibration")
     return [
         ("Epochs", f"{metrics['epochs']}, of which epoch {metrics['best_epoch']} was best on validation images"),
         ("Validation AUC", "not defined" if validation is None else f"{validation:.3f}"),
+        *([("Temperature", _describe_temperature(calibration))] if calibration else []),
         ("Precision", str(metrics["precision"])),
         ("Time", f"{metrics['seconds']:,.0f} s"),
         ("Threads of the processor", str(metrics["threads"])),
         ("Memory", f"{size_on_disk(metrics['peak_memory_bytes'])} at most"),
         *((TITLES.get(name, name), version) for name, version in metrics["versions"].items()),
     ]  # fmt: skip
+
+
+def _describe_temperature(calibration: Mapping[str, Any]) -> str:
+    if calibration["reason"]:
+        return f"none: {calibration['reason']}"
+    return f"{calibration['temperature']:.3f}, from {calibration['images']:,} validation images"
 
 
 def list_options(config: FitConfig) -> list[Option]:

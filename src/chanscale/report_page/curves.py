@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import auc, roc_curve
 
-from chanscale.metrics import Estimate, Floats, Ints, estimate, resample
+from chanscale.calibration import said_and_right
+from chanscale.metrics import Floats, Ints, resample
 
 Array = NDArray[np.float64]
 
 GRID = np.linspace(0, 1, 101)
 """False positive rates at which a band is computed."""
 BINS = 10
+"""Of the calibration plot, of equal width."""
 RESAMPLES = 1000
 MOST_POINTS = 400
 """Of a curve that is drawn; more cannot be told apart."""
@@ -59,6 +61,17 @@ class Thresholds:
     negatives: int
 
 
+@dataclass(frozen=True)
+class Start:
+    """For two classes: the threshold in use, and how many of each it calls positive, of how many."""
+
+    threshold: float
+    true_positives: int
+    false_positives: int
+    positives: int
+    negatives: int
+
+
 def find_roc(scores: Floats, positive: NDArray[np.bool_], groups: NDArray[Any]) -> Roc:
     """Return the ROC curve of `scores` (N,), where `positive` (N,), with a bootstrap band over `groups` (N,)."""
     false_positive, true_positive, _ = roc_curve(positive, scores)
@@ -92,7 +105,7 @@ def find_bins(probabilities: Floats, labels: Ints) -> list[Bin]:
 
     They are of the positive class's probability where there are two, else of the most probable class's.
     """
-    said, right = _said_and_right(probabilities, labels)
+    said, right = said_and_right(probabilities, labels)
     place = np.minimum((said * BINS).astype(int), BINS - 1)
     return [_bin(index, said[place == index], right[place == index]) for index in np.unique(place).tolist()]
 
@@ -104,12 +117,6 @@ def _bin(index: int, said: Array, right: Array) -> Bin:
     )
 
 
-def _said_and_right(probabilities: Floats, labels: Ints) -> tuple[Array, Array]:
-    if probabilities.shape[1] == 2:
-        return probabilities[:, 1].astype(np.float64), (labels == 1).astype(np.float64)
-    return probabilities.max(1).astype(np.float64), (probabilities.argmax(1) == labels).astype(np.float64)
-
-
 def wilson(hits: int, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share, as Wilson 1927 has it."""
     z, share = 1.959964, hits / count
@@ -118,32 +125,20 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return float(max(0, middle - half)), float(min(1, middle + half))
 
 
-def brier_score(probabilities: Floats, labels: Ints) -> float:
-    """Mean squared distance of probabilities from the truth (Brier 1950); for two classes, of the positive one."""
-    truth = np.eye(probabilities.shape[1])[labels]
-    squares = (probabilities.astype(np.float64) - truth) ** 2
-    return float(np.mean(squares[:, 1] if probabilities.shape[1] == 2 else squares.sum(1)))
-
-
-def calibration_error(probabilities: Floats, labels: Ints) -> float:
-    """Mean distance of what is said from what is right, over ten bins (ECE; Naeini et al. 2015)."""
-    said, right = _said_and_right(probabilities, labels)
-    place = np.minimum((said * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(place, said - right, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(said))
-
-
-def judge_calibration(probabilities: Floats, labels: Ints, groups: NDArray[Any]) -> dict[str, Estimate]:
-    """Return `brier` and `ece` with their intervals, over `groups` (N,)."""
-    metrics = {"brier": brier_score, "ece": calibration_error}
-    return estimate(metrics, probabilities, labels, groups, resamples=RESAMPLES)
-
-
 def confusion(probabilities: Floats, labels: Ints) -> NDArray[np.int64]:
     """Return how many images of each class (rows) were called which (columns), (K, K); the most probable counts."""
     classes = probabilities.shape[1]
     counts = np.bincount(labels * classes + probabilities.argmax(1), minlength=classes * classes)
     return counts.reshape(classes, classes)
+
+
+def count_called(called: NDArray[np.bool_], labels: Ints, threshold: float) -> Start:
+    """Return how many of each class are `called` positive, (N,), at the threshold in use."""
+    positive = labels == 1
+    return Start(
+        threshold, int(called[positive].sum()), int(called[~positive].sum()), int(positive.sum()),
+        int((~positive).sum()),
+    )  # fmt: skip
 
 
 def find_thresholds(probabilities: Floats, labels: Ints) -> Thresholds:

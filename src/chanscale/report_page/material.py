@@ -8,14 +8,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier
-from chanscale.config import FitConfig
+from chanscale.config import FitConfig, before_it_existed
 from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.data.splits import Splits
 from chanscale.errors import ArtifactError, ChanscaleError, DataError, one_line
@@ -59,7 +58,7 @@ class Material:
     @cached_property
     def groups(self) -> NDArray[Any]:
         """The patient of each test image, or its name where none is known, shape (N,)."""
-        return np.array([self.images.images.records[index].group for index in self.splits.test])
+        return self.images.images.group_keys[list(self.splits.test)]
 
     @torch.no_grad()
     def feature_maps(self, model: Classifier, indices: Sequence[int]) -> Iterator[Tensor]:
@@ -88,7 +87,9 @@ def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:
     judged = _judge(model, decoded, splits, metrics, watcher)
     history = _read_history(file.with_name("history.csv"))
     config = FitConfig.read(file.with_name("config.yaml"))
-    widths = metrics.get("widths") or _find_widths(model, info)
+    if "calibration" not in metrics:  # a run of a version that calibrated none
+        config = config.model_copy(update={"calibrate": before_it_existed("calibrate")})
+    widths = metrics.get("widths") or find_widths(model, info)
     return Material(model, info, metrics, history, config, widths, decoded, splits, judged)
 
 
@@ -142,7 +143,7 @@ def _parse(text: str) -> Any:
     return text
 
 
-def _find_widths(model: Classifier | Program, info: ModelInfo) -> dict[str, int]:
+def find_widths(model: Classifier | Program, info: ModelInfo) -> dict[str, int]:
     """Return the widths of the original by building it again; empty where no name builds it."""
     if info.rebuilt_by != "name" or isinstance(model, Program):
         return {}

@@ -73,11 +73,16 @@ def draw_roc(curves: Mapping[str, Roc], point: tuple[float, float] | None) -> Ma
     return _drawing(f"ROC curve; area under it {areas}", [axes, *parts], UNIT)
 
 
-def draw_calibration(bins: Sequence[Bin], said: str, right: str) -> Markup:
-    """Draw what was right against what was said, with Wilson intervals, and how many images each bin holds."""
+def draw_calibration(bins: Sequence[Bin], said: str, right: str, *, before: Sequence[Bin] = ()) -> Markup:
+    """Draw what was right against what was said, with Wilson intervals, and how many images each bin holds.
+
+    `before`: the bins of the same images before calibration, as a faint line; none: no line.
+    """
     frame = Frame(height=240)
     counts = Frame(top=frame.bottom + 40, height=50, y=(0, max(one.count for one in bins)))
     parts = [_path("diagonal", frame.path([(0, 0), (1, 1)]))]
+    if before:
+        parts.append(_path("curve before", frame.path((one.mean, one.share) for one in before)))
     parts.append(_path("curve c1", frame.path((one.mean, one.share) for one in bins)))
     for one in bins:
         parts.append(_path("whisker", frame.path([(one.mean, one.share_low), (one.mean, one.share_high)])))

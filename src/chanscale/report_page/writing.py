@@ -14,7 +14,9 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from chanscale.calibration import judge_calibration
 from chanscale.classifier import Classifier
+from chanscale.decision_rules import judge_rules, temper
 from chanscale.evaluation import Evaluation
 from chanscale.files import write_atomically
 from chanscale.report_page import card, curves, plots
@@ -107,29 +109,51 @@ def _describe_quality(material: Material) -> dict[str, Any]:
     assert judged is not None
     rocs = _find_rocs(material, judged)
     thresholds = curves.find_thresholds(judged.probabilities, judged.labels) if material.is_binary else None
+    start = _find_start(material, judged) if material.is_binary else None
     matrix = curves.confusion(judged.probabilities, judged.labels)
     said, right = _name_axes(material)
     return {
         "rocs": rocs,
         "areas": sorted(rocs.items(), key=lambda item: item[1].area),
-        "roc_plot": plots.draw_roc(dict(list(rocs.items())[:MOST_CURVES]), _operating_point(thresholds))
+        "roc_plot": plots.draw_roc(dict(list(rocs.items())[:MOST_CURVES]), _point_of(start))
         if rocs
         else None,
-        "calibration": {
-            name: figure.to_dict()
-            for name, figure in curves.judge_calibration(
-                judged.probabilities, judged.labels, material.groups
-            ).items()
-        },
+        "calibration": _describe_calibration(material, judged),
         "calibration_plot": plots.draw_calibration(
-            curves.find_bins(judged.probabilities, judged.labels), said, right
+            curves.find_bins(judged.probabilities, judged.labels),
+            said,
+            right,
+            before=_find_bins_before(material, judged),
         ),
+        **judge_rules(judged, material.info.operating_point, material.info.prediction_sets),
         "matrix": matrix.tolist() if len(matrix) <= MOST_CLASSES else None,
         "confusions": _list_confusions(matrix, material.info.classes),
         "mistakes": count_mistakes(judged),
-        "operating": _describe_operating(thresholds) if thresholds else None,
-        "data": {**asdict(thresholds), "frame": _frame()} if thresholds else None,
+        "operating": _describe_start(start) if start else None,
+        "data": {**asdict(thresholds), "frame": _frame(), "start": asdict(start)}
+        if thresholds and start
+        else None,
     }
+
+
+def _describe_calibration(material: Material, judged: Evaluation) -> dict[str, Any]:
+    """Return what metrics.json says of the temperature, if anything, and the figures `after` it as they are here."""
+    after = judge_calibration(judged.probabilities, judged.labels, judged.groups)
+    told = material.metrics.get("calibration", {"temperature": 1, "reason": None, "images": 0})
+    return {"before": None, **told, "after": {name: figure.to_dict() for name, figure in after.items()}}
+
+
+def _find_bins_before(material: Material, judged: Evaluation) -> list[curves.Bin]:
+    """Return the bins of the probabilities before calibration; none where there was none."""
+    temperature = material.metrics.get("calibration", {}).get("temperature", 1)
+    return [] if temperature == 1 else curves.find_bins(temper(judged.logits, 1 / temperature), judged.labels)
+
+
+def _find_start(material: Material, judged: Evaluation) -> curves.Start:
+    """Return what the threshold in use comes to: that of the operating point, or 0.5."""
+    point = material.info.operating_point
+    called = point.call(judged.probabilities) if point else judged.probabilities.argmax(1) == 1
+    return curves.count_called(called, judged.labels, point.threshold if point else 0.5)
 
 
 def _find_rocs(material: Material, judged: Evaluation) -> dict[str, curves.Roc]:
@@ -149,26 +173,22 @@ def _name_axes(material: Material) -> tuple[str, str]:
     return "probability of the most probable class", "share that was right"
 
 
-def _operating_point(thresholds: curves.Thresholds | None) -> tuple[float, float] | None:
-    if not thresholds or not thresholds.positives or not thresholds.negatives:
+def _point_of(start: curves.Start | None) -> tuple[float, float] | None:
+    """Return where the threshold in use lies on the ROC curve, if there is one."""
+    if not start or not start.positives or not start.negatives:
         return None
-    half = curves.STEPS // 2
-    return (
-        thresholds.false_positives[half] / thresholds.negatives,
-        thresholds.true_positives[half] / thresholds.positives,
-    )
+    return start.false_positives / start.negatives, start.true_positives / start.positives
 
 
-def _describe_operating(thresholds: curves.Thresholds) -> dict[str, Any]:
-    """Return the confusion and the shares at 0.5; a share of nothing is None."""
-    half = curves.STEPS // 2
-    hits, alarms = thresholds.true_positives[half], thresholds.false_positives[half]
-    missed, passed = thresholds.positives - hits, thresholds.negatives - alarms
+def _describe_start(start: curves.Start) -> dict[str, Any]:
+    """Return the confusion and the shares at the threshold in use; a share of nothing is None."""
+    hits, alarms = start.true_positives, start.false_positives
+    missed, passed = start.positives - hits, start.negatives - alarms
     return {
-        "tp": hits, "fp": alarms, "fn": missed, "tn": passed,
+        "threshold": start.threshold, "tp": hits, "fp": alarms, "fn": missed, "tn": passed,
         "sensitivity": _share(hits, hits + missed), "specificity": _share(passed, passed + alarms),
         "ppv": _share(hits, hits + alarms), "npv": _share(passed, passed + missed),
-        "prevalence": _share(thresholds.positives, thresholds.positives + thresholds.negatives),
+        "prevalence": _share(start.positives, start.positives + start.negatives),
     }  # fmt: skip
 
 

@@ -6,13 +6,15 @@ function percent(part, whole) {
   return whole ? `${((100 * part) / whole).toFixed(1)} %` : "–";
 }
 
-function show({ true_positives, false_positives, positives, negatives, frame }, step, steps) {
-  const tp = true_positives[step];
-  const fp = false_positives[step];
+function write(threshold) {
+  return threshold === 0.5 ? "0.50" : threshold.toFixed(3);
+}
+
+function show({ positives, negatives, frame }, threshold, tp, fp) {
   const [fn, tn] = [positives - tp, negatives - fp];
   const said = {
     tp, fp, fn, tn,
-    "threshold-shown": (step / steps).toFixed(2),
+    "threshold-shown": threshold,
     sensitivity: percent(tp, positives),
     specificity: percent(tn, negatives),
     ppv: percent(tp, tp + fp),
@@ -28,13 +30,18 @@ function show({ true_positives, false_positives, positives, negatives, frame }, 
 function start(counts) {
   const slider = at("threshold");
   const steps = counts.true_positives.length - 1;
-  const update = () => show(counts, Math.round(slider.value * steps), steps);
-  slider.value = 0.5; // a browser may have kept another from before a reload
-  slider.addEventListener("input", update);
-  const reset = () => {
-    slider.value = 0.5;
-    update();
+  const { threshold, true_positives, false_positives } = counts.start;
+  const update = () => {
+    const step = Math.round(slider.value * steps);
+    const shown = (step / steps).toFixed(2);
+    show(counts, shown, counts.true_positives[step], counts.false_positives[step]);
   };
+  const reset = () => {
+    slider.value = threshold; // the nearest step; what is shown is exact
+    show(counts, write(threshold), true_positives, false_positives);
+  };
+  reset(); // a browser may have kept another place from before a reload
+  slider.addEventListener("input", update);
   at("reset").addEventListener("click", reset);
   // On paper there is no slider that says what the figures are of, and what is folded cannot be opened.
   addEventListener("beforeprint", () => {
