@@ -1,0 +1,1 @@
+"""The same exposure twice: near-duplicates of a set, and what they spoil."""

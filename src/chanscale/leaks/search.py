@@ -1,0 +1,92 @@
+"""From images to findings: the one call for a set, and the one for a run under way."""
+
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chanscale.artifact import load_model, model_path
+from chanscale.data.loading import DecodedImages, decode_images
+from chanscale.data.readers import Side
+from chanscale.data.sources import ImageSet, open_images
+from chanscale.data.splits import SIDES, Splits
+from chanscale.errors import ConfigError
+from chanscale.leaks.findings import KINDS, Findings, judge_twins, require_paths
+from chanscale.leaks.thumbnails import SIDE, thumbnails
+from chanscale.leaks.twins import SAME, SURE, find_twins
+from chanscale.own_images import open_own_images
+from chanscale.progress import Watcher
+
+
+def find_leaks(
+    data: Path | str,
+    *,
+    run: Path | str | None = None,
+    group_pattern: str | None = None,
+    skip_bad: bool = False,
+    workers: int = 2,
+    table: Path | None = None,
+    watcher: Watcher | None = None,
+) -> Findings:
+    """Return the pairs of images that show one exposure, and what they spoil.
+
+    `run`: a run folder whose sides and patients count; without, the sides are those that `data` itself gives.
+    `table`: where `write_groups` is to write later; checked before the work. Raises DataError, ArtifactError,
+    ConfigError.
+    """
+    watcher = watcher or Watcher()
+    images, sides = _open(Path(data), Path(run) if run else None, group_pattern, skip_bad)
+    if table is not None:
+        require_paths(images, table)
+    decoded = decode_images(
+        images, image_size=SIDE, workers=workers, skip_bad=skip_bad,
+        progress=partial(watcher.on_step, "decoding images"),
+    )  # fmt: skip
+    kept = decoded.images
+    return _search(decoded, [sides[record.name] for record in kept.records], watcher, SAME)
+
+
+def leaks_of_fit(
+    images: DecodedImages, splits: Splits, *, watcher: Watcher | None = None
+) -> tuple[dict[str, Any], str | None]:
+    """Return what to note of the twins among the images of a run, and what to warn of in one line, if anything.
+
+    Only pairs beyond doubt count: nobody asked. Pixels that are decoded already are not read again.
+    """
+    side_of = {index: side for side, indices in zip(SIDES, astuple(splits), strict=True) for index in indices}
+    found = _search(images, [side_of.get(index) for index in range(len(images))], watcher or Watcher(), SURE)
+    noted = found.to_dict()
+    figures = {name: noted[name] for name in ("pairs", "kinds", "test_images_with_twins")}
+    return figures, describe(found) if found.pairs else None
+
+
+def describe(found: Findings) -> str:
+    """Return what was found, in one line."""
+    counts = [f"{found.count(kind)} {words}" for kind, words in KINDS.items() if found.count(kind)]
+    pairs = f"{len(found.pairs)} pair{'' if len(found.pairs) == 1 else 's'} of images"
+    spoiled = found.spoiled("test")
+    verb = "has" if spoiled == 1 else "have"
+    share = f"; {spoiled} of the test images {verb} a twin on another side" if spoiled else ""
+    return f"{pairs} look like one exposure ({found.sure} beyond doubt): {', '.join(counts)}{share}"
+
+
+def _open(
+    data: Path, run: Path | None, group_pattern: str | None, skip_bad: bool
+) -> tuple[ImageSet, dict[str, Side | None]]:
+    if run is None:
+        images = open_images(data, group_pattern=group_pattern, skip_bad=skip_bad)
+        return images, {record.name: record.split for record in images.records}
+    if group_pattern is not None:
+        raise ConfigError(
+            f"{run} knows its patients; group_pattern={group_pattern!r} is for images without a run"
+        )
+    images, splits = open_own_images(data, model_path(run), load_model(run)[1])
+    names = [record.name for record in images.records]
+    return images, {
+        names[index]: side for side, part in zip(SIDES, astuple(splits), strict=True) for index in part
+    }
+
+
+def _search(decoded: DecodedImages, sides: list[Side | None], watcher: Watcher, least: float) -> Findings:
+    small = thumbnails(decoded, progress=partial(watcher.on_step, "making thumbnails"))
+    return judge_twins(decoded.images, sides, find_twins(small, least=least, watcher=watcher))
