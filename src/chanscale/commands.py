@@ -139,21 +139,33 @@ def predict(
     table: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="CSV table to write, e.g. predictions.csv.")
     ] = None,
+    abstain: Annotated[
+        bool,
+        typer.Option(
+            "--abstain", help="Name no class for images unlike those of training, and for near ties."
+        ),
+    ] = False,
     frames: FramesOption = "first",
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which class a run sees in images, and how probably."""
+    """Say which class a run sees in images, and how probably; and which images are unlike those of training."""
     from chanscale.artifact import load_model
     from chanscale.files import require_writable, write_atomically
+    from chanscale.novelty.storage import NOVELTY, find_novelty
     from chanscale.predictions import predict_images
 
     if table is not None:
         require_writable(table)
     model, info = load_model(run_folder)
+    detector = find_novelty(run_folder)
+    if abstain and detector is None:
+        raise ConfigError(
+            f"{run_folder} has no {NOVELTY}, which --abstain needs; fit it again, or leave it out"
+        )
     with watching() as watcher:
         predictions = predict_images(
-            model, info, images, skip_bad=skip_bad, frames=frames,
+            model, info, images, skip_bad=skip_bad, frames=frames, detector=detector, abstain=abstain,
             decoding=steps_of(watcher, "decoding images"), predicting=steps_of(watcher, "predicting"),
         )  # fmt: skip
     _report_skipped(predictions.skipped)

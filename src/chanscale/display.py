@@ -233,14 +233,21 @@ def describe_predictions(predictions: Sequence[Mapping[str, Any]]) -> Table:
     first = predictions[0]
     rules = {"called_positive": "positive", "prediction_set": "not ruled out"}
     named = [title for name, title in rules.items() if name in first]
+    judged = ["unlike the training images"] if "flagged" in first else []
     rows = [
         [
             item["image"], item["predicted"], *(f"{share:.3f}" for share in item["probabilities"].values()),
             *(_describe_rule(item[name]) for name in rules if name in item),
+            *(_describe_novelty(item) for _ in judged),
         ]
         for item in predictions
     ]  # fmt: skip
-    return describe_rows(["image", "predicted", *first["probabilities"], *named], rows)
+    return describe_rows(["image", "predicted", *first["probabilities"], *named, *judged], rows)
+
+
+def _describe_novelty(item: Mapping[str, Any]) -> str:
+    said = list(item["reasons"]) if item["flagged"] else []
+    return "; ".join([*said, *(["near tie"] if item["near_tie"] else [])])
 
 
 def _describe_rule(said: bool | Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """From images to a run folder: the steps, in order."""
 
+import logging
 import platform
 import sys
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from chanscale.errors import ChanscaleError, ConfigError, WeightsError
 from chanscale.evaluation import Evaluation, evaluate
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
+from chanscale.leaks.search import leaks_of_fit
 from chanscale.originals import Original, open_original
 from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
@@ -39,6 +41,11 @@ from chanscale.runs import RunFolder
 from chanscale.state import Best, TrainingState
 from chanscale.training import fit, start
 from chanscale.wording import NOTICE
+
+MOST_SEARCHED = 20_000
+"""Images among which twins are sought unasked: the time grows with the square, to some minutes here."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ def _run(
         images.images, validation=config.validation, test=config.test, seed=config.seed
     )
     require_support(config, images, splits)
+    leaks = note_leaks(images, splits, watcher) if folder else None
     original, classifier = open_classifier(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
@@ -153,6 +161,7 @@ def _run(
         **measure(classifier, best, images, full=original.full_parameters),
         "depth": depth.to_dict(),
         **describe_training(best, state, images, splits),
+        "leaks": leaks,
         "widths": widths(whole),
         "seconds": round(earlier + perf_counter() - began, 1),
         "precision": precision,
@@ -165,6 +174,16 @@ def _run(
     elif info.rebuilt_by == "program":
         info = replace(info, rebuilt_by="network")  # no program was written
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
+
+
+def note_leaks(images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any] | None:
+    """Return the pairs of images beyond doubt that show one exposure, and warn of them; None for too many images."""
+    if len(images) > MOST_SEARCHED:
+        return None
+    figures, warning = leaks_of_fit(images, splits, watcher=watcher)
+    if warning:
+        _log.warning("%s; `chanscale leaks` names them", warning)
+    return figures
 
 
 def _name_network(model: object, preprocessing: object, config: FitConfig) -> FitConfig:

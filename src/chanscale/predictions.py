@@ -21,17 +21,23 @@ from chanscale.data.sources import ImageRecord, ImageSet, spread_frames
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import exists
+from chanscale.novelty.detector import Detector, Verdict
 from chanscale.operating_point import OperatingPoint
 from chanscale.programs import Program
 
 Progress = Callable[[int, int], None]
+
+UNCERTAIN = "uncertain"
+"""What stands for the class where a model abstains."""
 
 
 @dataclass(frozen=True)
 class Predictions:
     """Probabilities (N, K) of `classes` for the images `names`; `skipped` were unreadable.
 
-    `operating_point`, `prediction_sets`: the model's rules to read them by, where it has any.
+    `operating_point`, `prediction_sets`: the model's rules to read them by, where it has any. `verdicts`: whether each
+    image is like those of training; None where no detector was asked. With `abstain`, an image that is not, and a near
+    tie, is of no class.
     """
 
     names: tuple[str, ...]
@@ -40,11 +46,17 @@ class Predictions:
     skipped: tuple[str, ...] = ()
     operating_point: OperatingPoint | None = None
     prediction_sets: PredictionSets | None = None
+    verdicts: tuple[Verdict, ...] | None = None
+    abstain: bool = False
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        """The most probable class of each image."""
-        return tuple(self.classes[index] for index in self.probabilities.argmax(1))
+        """The most probable class of each image, or "uncertain" where the model abstains."""
+        classes = tuple(self.classes[index] for index in self.probabilities.argmax(1))
+        if not self.abstain or self.verdicts is None:
+            return classes
+        told = zip(classes, self.verdicts, strict=True)
+        return tuple(UNCERTAIN if verdict.uncertain else name for name, verdict in told)
 
     @property
     def called_positive(self) -> list[bool] | None:
@@ -65,7 +77,8 @@ class Predictions:
     def to_csv(self) -> str:
         """Return a table with the columns image, predicted and, for each class, `probability_<class>`.
 
-        With an operating point there is `called_positive`, with prediction sets, for each class, `in_set_<class>`.
+        With an operating point there is `called_positive`, with prediction sets, for each class, `in_set_<class>`;
+        with a detector `novelty`, the share of usual images that are as unusual, `flagged`, `reasons` and `near_tie`.
         """
         columns = self._columns()
         text = io.StringIO()
@@ -77,13 +90,21 @@ class Predictions:
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return for each image its name, the predicted class, and the probability of each class.
 
-        With an operating point also `called_positive`, with prediction sets `prediction_set`.
+        With an operating point also `called_positive`, with prediction sets `prediction_set`, with a detector
+        `novelty`, `flagged`, `reasons` and `near_tie`.
         """
         shares = [dict(zip(self.classes, row, strict=True)) for row in self.probabilities.tolist()]
         told: dict[str, Sequence[Any] | None] = {
             "image": self.names, "predicted": self.predicted, "probabilities": shares,
             "called_positive": self.called_positive, "prediction_set": self.sets,
         }  # fmt: skip
+        if self.verdicts is not None:
+            told |= {
+                "novelty": [verdict.score for verdict in self.verdicts],
+                "flagged": [verdict.flagged for verdict in self.verdicts],
+                "reasons": [list(verdict.reasons) for verdict in self.verdicts],
+                "near_tie": [verdict.near_tie for verdict in self.verdicts],
+            }
         known = {name: values for name, values in told.items() if values is not None}
         return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
@@ -97,6 +118,11 @@ class Predictions:
         if self.sets is not None:
             for name in self.classes:
                 columns[f"in_set_{name}"] = [_yes_or_no(name in held) for held in self.sets]
+        if self.verdicts is not None:
+            columns["novelty"] = [f"{verdict.score:.3g}" for verdict in self.verdicts]
+            columns["flagged"] = [_yes_or_no(verdict.flagged) for verdict in self.verdicts]
+            columns["reasons"] = ["; ".join(verdict.reasons) for verdict in self.verdicts]
+            columns["near_tie"] = [_yes_or_no(verdict.near_tie) for verdict in self.verdicts]
         return columns
 
 
@@ -107,21 +133,29 @@ def predict_images(
     *,
     skip_bad: bool = False,
     frames: Frames = "first",
+    detector: Detector | None = None,
+    abstain: bool = False,
     decoding: Progress | None = None,
     predicting: Progress | None = None,
 ) -> Predictions:
     """Return what `model` says about image files, and about all images in folders.
 
-    `info`: what the model's file says of it. `decoding` and `predicting` hear of images done, of all. Raises
-    DataError, and UnreadableImageError unless `skip_bad` leaves such images out.
+    `info`: what the model's file says of it. `detector`: that of the run, which tells images unlike those of training;
+    with `abstain` these are of no class. `decoding` and `predicting` hear of images done, of all. Raises DataError,
+    and UnreadableImageError unless `skip_bad` leaves such images out.
     """
     images = open_unlabelled(paths, info, frames=frames)
     data = decode_images(images, image_size=info.image_size, skip_bad=skip_bad, progress=decoding)
-    probabilities, _ = predict(model, data, range(len(data)), progress=predicting)
-    names = tuple(record.name for record in data.images.records)
+    verdicts = None
+    if detector is None:
+        probabilities, _ = predict(model, data, range(len(data)), progress=predicting)
+    else:
+        judged = detector.judge(model, data, progress=predicting)
+        probabilities, verdicts = judged.probabilities, judged.verdicts
     return Predictions(
-        names, info.classes, probabilities, data.images.skipped, info.operating_point, info.prediction_sets
-    )
+        tuple(record.name for record in data.images.records), info.classes, probabilities, data.images.skipped,
+        info.operating_point, info.prediction_sets, verdicts, abstain,
+    )  # fmt: skip
 
 
 def open_unlabelled(paths: Sequence[Path], info: ModelInfo, *, frames: Frames = "first") -> ImageSet:

@@ -1,6 +1,5 @@
 """The run folder: built beside its place, moved there when it is whole."""
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -10,15 +9,17 @@ from typing import Any
 
 from filelock import FileLock
 
-from chanscale.artifact import ModelInfo, save_model
+from chanscale.artifact import ModelInfo, load_model, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
 from chanscale.depth import WHOLE, Depth
-from chanscale.errors import ArtifactError, ConfigError, ModelError, one_line
-from chanscale.files import claiming, to_json, write_atomically
+from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError, one_line
+from chanscale.files import claiming, read_json, to_json, write_atomically
+from chanscale.novelty.fitting import fit_novelty
+from chanscale.novelty.storage import save_novelty
 from chanscale.programs import PROGRAM, save_program
 from chanscale.report import write_history, write_plots
 from chanscale.report_page.material import Material
@@ -81,7 +82,7 @@ class RunFolder:
         if not self._depth.exists():
             return WHOLE if self._checkpoint.exists() else None  # of a version that used all of every trunk
         try:
-            return Depth.from_dict(json.loads(self._depth.read_text(encoding="utf-8")))
+            return Depth.from_dict(read_json(self._depth))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ArtifactError(
                 f"cannot resume from {self._depth} ({one_line(error)}); delete its folder and fit again"
@@ -112,6 +113,7 @@ class RunFolder:
         metrics["rebuilt_by"] = info.rebuilt_by
         path = save_model(run.model, info, self.partial / "model.safetensors")
         metrics["bytes"]["model"] = path.stat().st_size
+        metrics["novelty"] = self._detect(run)
         write_atomically(self.partial / "metrics.json", to_json(metrics) + "\n")
         write_history(self.partial / "history.csv", run.history)
         write_plots(self.partial, run.history, run.widths, info.widths, metrics)
@@ -131,6 +133,24 @@ class RunFolder:
             _log.warning("%s; the run can be loaded with the original network alone", error)
             return replace(info, rebuilt_by="network")
         return replace(info, program=digest)
+
+    def _detect(self, run: Material) -> dict[str, Any]:
+        """Write what tells images unlike those of training, where they are enough; return what metrics.json says."""
+        try:
+            # As it will be loaded: the hooks of training apply a ReLU with the scale, and show other features.
+            model, _ = load_model(self.partial)
+            detector = fit_novelty(model, run.images, run.splits)
+        except (ArtifactError, DataError) as error:  # the first of a network that no name rebuilds
+            return {"reason": one_line(error)}
+        save_novelty(detector, self.partial)
+        told = {"rate": detector.rate, "margin": detector.margin, "images": len(detector.usual)}
+        if not run.splits.test:
+            return told
+        verdicts = detector.judge(model, run.images, run.splits.test).verdicts
+        return told | {
+            "test_flagged": sum(verdict.flagged for verdict in verdicts) / len(verdicts),
+            "test_near_ties": sum(verdict.near_tie for verdict in verdicts) / len(verdicts),
+        }
 
     def _report(self, run: Material) -> None:
         try:

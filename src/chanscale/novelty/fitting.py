@@ -36,7 +36,7 @@ def fit_novelty(
     train, validation = (_thin(side) for side in (splits.train, splits.validation))
     layers = find_layers(model)
     traits = read_traits(model, layers, data, [*train, *validation], progress=progress)
-    groups = np.array([data.images.records[index].group for index in (*train, *validation)])
+    groups = data.images.group_keys[np.array([*train, *validation])]
     fitted = np.arange(len(groups)) < len(train)
     return fit_traits(traits, fitted, groups, layers=layers, rate=rate, margin=margin)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chanscale import __version__
 from chanscale.artifact import model_path, read_tensors, write_tensors
-from chanscale.errors import ArtifactError
+from chanscale.errors import ArtifactError, brief, clip, one_line
 from chanscale.novelty.detector import Detector
 from chanscale.novelty.facts import COLUMNS, FACTS
 from chanscale.novelty.gaussian import Gaussian
@@ -71,7 +71,14 @@ def load_novelty(run: Path | str) -> Detector:
     try:
         return _from_tensors(header, tensors)
     except (LookupError, ValueError) as error:
-        raise ArtifactError(f"the tensors of {path} are damaged ({error}); fit a detector again") from error
+        raise ArtifactError(
+            f"the tensors of {path} are damaged ({clip(one_line(error))}); fit a detector again"
+        ) from error
+
+
+def find_novelty(run: Path | str) -> Detector | None:
+    """Return the detector of a run folder or model file, if it has one. Raises ArtifactError as `load_novelty`."""
+    return load_novelty(run) if model_path(Path(run)).with_name(NOVELTY).is_file() else None
 
 
 def _digest(file: Path) -> str:
@@ -83,14 +90,14 @@ def _digest(file: Path) -> str:
 def _parse(metadata: dict[str, Any], path: Path) -> _Header:
     if metadata.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; "
+            f"{path} has the format {brief(metadata.get('format'))}, not {FORMAT!r}; "
             "it is no novelty detector, or one of another version"
         )
     try:
         header = _HEADER.validate_json(json.dumps(metadata), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = clip(".".join(map(str, first["loc"])))
         raise ArtifactError(
             f"the metadata of {path} are damaged ({where}: {first['msg']}); fit a detector again"
         ) from error
