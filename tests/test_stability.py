@@ -8,8 +8,7 @@ import pytest
 
 from chanscale import cli, measure_stability
 from chanscale.errors import ConfigError
-from chanscale.explain.seeds import STABILITY
-from chanscale.explain.stability import agree_on_channels, agree_on_maps, jaccard
+from chanscale.explain.stability import STABILITY, agree_on_channels, agree_on_maps, jaccard
 from chanscale.files import to_json
 from test_cli import error_of, words
 from test_export import make_run
@@ -138,3 +137,30 @@ def test_one_run_or_none_is_one_line(runs, capsys, tmp_path):
     assert "wanted two runs or more" in error_of(capsys, ["stability", first, images])
     assert "wanted two runs or more" in error_of(capsys, ["stability", first, first, images])
     assert str(tmp_path / "nothing") in error_of(capsys, ["stability", first, tmp_path / "nothing", images])
+
+
+def test_the_report_tells_it_and_says_when_it_is_not_known(runs, tmp_path, capsys):
+    first, second, data = runs
+    shutil.copytree(first, tmp_path / "bare")
+    (tmp_path / "bare" / STABILITY).unlink(missing_ok=True)
+    assert cli.run(["report", str(tmp_path / "bare"), f"--images={data}"]) == 0
+    assert "has not been measured for this run" in (tmp_path / "bare" / "report.html").read_text()
+    assert cli.run(["stability", str(tmp_path / "bare"), str(second), f"--images={data}"]) == 0
+    assert cli.run(["report", str(tmp_path / "bare"), f"--images={data}"]) == 0
+    page = (tmp_path / "bare" / "report.html").read_text()
+    told = json.loads((tmp_path / "bare" / STABILITY).read_text())
+    assert f"<td>{told['channels']['mean']:.2f}</td>" in page
+    assert f"<td>{told['maps']['chance']:.2f}</td>" in page
+    assert "has not been measured for this run" not in page
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"channels": 3}', '{"channels": {"mean": "<b>"}}', "[" * 100_000]
+)
+def test_a_damaged_file_is_one_line(runs, tmp_path, capsys, content):
+    first, _, data = runs
+    shutil.copytree(first, tmp_path / "run")
+    (tmp_path / "run" / STABILITY).write_text(content)
+    line = error_of(capsys, ["report", tmp_path / "run", f"--images={data}"])
+    assert STABILITY in line
+    assert "chanscale stability" in line

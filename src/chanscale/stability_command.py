@@ -28,7 +28,8 @@ def stability(
 
     Writes stability.json into each run folder, from where `report` tells it.
     """
-    from chanscale.explain.seeds import STABILITY, measure_stability, write_stability
+    from chanscale.explain.seeds import measure_stability, write_stability
+    from chanscale.explain.stability import STABILITY
 
     with watching() as watcher:
         found = measure_stability(runs, images, progress=watcher.on_step)

@@ -16,14 +16,11 @@ from chanscale.data.splits import read_training_names
 from chanscale.errors import ConfigError, DataError
 from chanscale.explain.decomposition import decompose
 from chanscale.explain.pointing import enlarge
-from chanscale.explain.stability import Agreement, agree_on_channels, agree_on_maps
+from chanscale.explain.stability import STABILITY, Agreement, agree_on_channels, agree_on_maps
 from chanscale.explain.training_maps import decompose_mean, survey_training
 from chanscale.files import to_json, write_atomically
 from chanscale.own_images import open_own_images
 from chanscale.report_page.material import find_widths, read_metrics
-
-STABILITY = "stability.json"
-"""The file in a run folder that says how far its explanations depend on the seed."""
 
 SIDE = 28
 """Pixels of the square that maps of different sizes are brought to."""

@@ -14,6 +14,9 @@ from scipy.stats import rankdata
 
 from chanscale.errors import ConfigError
 
+STABILITY = "stability.json"
+"""The file in a run folder that says how far its explanations depend on the seed."""
+
 DRAWS = 1000
 """Random selections that chance is estimated by."""
 

@@ -67,6 +67,7 @@ def build_report(material: Material, *, names: bool = False) -> str:
         columns=COLUMNS,
         path_plot=plots.draw_path(material.history, material.metrics) if _has_path(material) else None,
         channels=find_channels(material),
+        stability=material.stability,
         card=_describe_card(material),
     )
 
