@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from pointing_models import OTHERS, SMALL, load_whole, split_set
 from torch import Tensor
+from torch.nn import functional
 
 from chanscale.artifact import load_model
 from chanscale.baselines.head import STRENGTHS
@@ -37,6 +38,9 @@ from chanscale.progress import Watcher
 
 LUNGS = Box(0.12, 0.10, 0.76, 0.72)
 """Chosen by eye on the mean training radiograph; 27 of 27 boxes lie in it, but for a few pixels of three."""
+
+SCALES = (1, 1.5, 2)
+"""Sizes that maps are averaged over; chosen on phantoms."""
 
 RESAMPLES = 2000
 
@@ -163,7 +167,29 @@ def draw_maps(
         ]
     )
     cams = torch.cat([grad_cam(model, images.batch(part)[0], 0) for part in chunks(chosen)])
-    return {"class map less mean": maps - mean, "class map": maps, "Grad-CAM": cams.clamp_min(0)}
+    views = torch.cat([average_views(model, images.batch(part)[0]) for part in chunks(chosen)])
+    return {
+        "class map less mean": maps - mean, "class map": maps, "class map, views averaged": views,
+        "Grad-CAM": cams.clamp_min(0),
+    }  # fmt: skip
+
+
+def average_views(model: Classifier, pixels: Tensor) -> Tensor:
+    """Return the mean class map of images at three sizes, each as it is and mirrored, (N, H, W)."""
+    side, found = pixels.shape[-1], []
+    for size in (round(scale * side) for scale in SCALES):
+        view = functional.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
+        both = [class_map(model, view), class_map(model, view.flip(-1)).flip(-1)]
+        found += [
+            functional.interpolate(one[:, None], size=(side, side), mode="bilinear")[:, 0] for one in both
+        ]
+    return torch.stack(found).mean(0)
+
+
+@torch.no_grad()
+def class_map(model: Classifier, pixels: Tensor) -> Tensor:
+    """Return the class maps (N, h, w)."""
+    return model.head.class_map(model.feature_map(pixels))[:, 0]
 
 
 @torch.no_grad()
