@@ -1,7 +1,17 @@
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 
-from chanscale.classifier import classification_loss, probabilities
-from chanscale.learning import cosine, fit_intercept, merit
+from chanscale.classifier import class_weights, classification_loss, probabilities
+from chanscale.data.splits import Splits
+from chanscale.learning import Learner, cosine, fit_intercept, merit
+from chanscale.pipeline import scale_and_select, warn_of_imbalance
+from chanscale.progress import Watcher
+from networks import build_classifier, plain_trunk, randomise
+from tiny_fits import tiny_classifier, tiny_config, tiny_images
 
 
 def test_with_its_intercept_the_mean_probability_is_the_prevalence() -> None:
@@ -31,3 +41,81 @@ def test_a_better_auc_wins_and_the_loss_breaks_a_tie() -> None:
 def test_the_cosine_goes_from_one_to_zero() -> None:
     assert cosine(0) == 1
     assert abs(cosine(1)) < 1e-12
+
+
+# --- rare classes
+
+RARE = Splits(train=(0, 1, *range(2, 24, 2)), validation=tuple(range(24, 40)), test=())
+"""Of 13 training images, one is of the second class."""
+
+
+def test_with_their_weights_all_classes_count_alike() -> None:
+    labels = np.array([0] * 90 + [1] * 8 + [2] * 2)
+    weights = class_weights(labels, 3)
+    per_class = [float(weights[k] * (labels == k).sum()) for k in range(3)]
+    assert per_class == pytest.approx([100 / 3] * 3)
+    assert float(weights[torch.from_numpy(labels)].mean()) == pytest.approx(1.0)
+
+
+def test_weights_of_equal_classes_are_one() -> None:
+    assert class_weights(np.array([0, 1, 0, 1]), 2).tolist() == [1.0, 1.0]
+
+
+def test_a_balanced_batch_has_the_loss_that_equal_classes_would_have() -> None:
+    model = tiny_classifier()
+    with torch.no_grad():
+        model.head.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
+    images = tiny_images()
+    learner = Learner(images, RARE, tiny_config(balance=True, batch_size=13, augment=False), Watcher())
+    batch = next(iter(learner.train.epoch()))
+    picked = batch._replace(
+        images=images.batch(RARE.train)[0], labels=torch.from_numpy(images.images.labels[list(RARE.train)])
+    )
+    loss = learner.backward(model, picked, epoch=0, done=0)
+    with torch.no_grad():
+        single = classification_loss(model.head(model.feature_map(picked.images)), picked.labels)
+    of_classes = [single[picked.labels == k].mean() for k in (0, 1)]
+    assert loss == pytest.approx(float(sum(of_classes)) / 2, rel=1e-5)
+
+
+def test_without_it_the_loss_is_the_mean() -> None:
+    learner = Learner(tiny_images(), RARE, tiny_config(augment=False), Watcher())
+    model = tiny_classifier()
+    batch = next(iter(learner.train.epoch()))
+    with torch.no_grad():
+        wanted = classification_loss(model.head(model.feature_map(batch.images)), batch.labels).mean()
+    assert learner.backward(model, batch, epoch=0, done=0) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_more_than_two_classes_get_the_odds_of_the_training_images_back() -> None:
+    """With p(x | k) fixed, weighing classes alike takes log n_k off the logits."""
+    images, own = tiny_images(), tiny_images().images
+    records = tuple(replace(record, label=i % 3 if i < 6 else 0) for i, record in enumerate(own.records))
+    images.images = replace(own, classes=("a", "b", "c"), records=records)
+    model = build_classifier(randomise(plain_trunk((4, 4, 4))), classes=("a", "b", "c"))
+    splits = Splits(train=tuple(range(24)), validation=tuple(range(24, 40)), test=())
+    before = model.head.linear.bias.detach().clone()
+    Learner(images, splits, tiny_config(balance=True), Watcher()).centre(model)
+    shift = model.head.linear.bias.detach() - before
+    odds = torch.tensor([20.0, 2.0, 2.0]).log()
+    torch.testing.assert_close(shift - shift[0], odds - odds[0])
+
+
+def test_equal_classes_are_weighed_as_they_were() -> None:
+    plain, weighed = (
+        scale_and_select(
+            randomise(plain_trunk((8, 16, 16))), tiny_images().images, config=tiny_config(balance=balance)
+        )
+        for balance in (False, True)
+    )
+    assert weighed.history[-1]["train_loss"] == pytest.approx(plain.history[-1]["train_loss"], rel=1e-3)
+
+
+def test_a_rare_class_is_told_of_unless_it_is_weighed(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_imbalance(tiny_config(balance=True), tiny_images(), RARE)
+        warn_of_imbalance(tiny_config(), tiny_images(), Splits(tuple(range(24)), (24, 25), ()))
+        assert not caplog.text
+        warn_of_imbalance(tiny_config(), tiny_images(), RARE)
+    assert "of 13 training images, 1 are yes" in caplog.text
+    assert "--balance" in caplog.text

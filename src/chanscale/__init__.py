@@ -20,9 +20,11 @@ _HOMES = {
     "Preprocessing": "backbones",
     "attach_scales": "attaching",
     "channel_groups": "proof",
+    "cross_validate": "crossval.validation",
     "evaluate": "evaluation",
     "explain_run": "explain.explanation",
     "export_run": "export.forms",
+    "find_leaks": "leaks.search",
     "fit": "training",
     "load_backbone": "backbones",
     "load_model": "artifact",
@@ -52,9 +54,11 @@ __all__ = [
     "Preprocessing",
     "attach_scales",
     "channel_groups",
+    "cross_validate",
     "evaluate",
     "explain_run",
     "export_run",
+    "find_leaks",
     "fit",
     "load_backbone",
     "load_model",
@@ -80,6 +84,7 @@ if TYPE_CHECKING:
     from chanscale.channels import ChannelGroup
     from chanscale.classifier import Classifier
     from chanscale.config import FitConfig
+    from chanscale.crossval.validation import cross_validate
     from chanscale.data.phantoms import write_phantoms
     from chanscale.data.sources import open_images
     from chanscale.delta import restore_model, save_delta
@@ -89,6 +94,7 @@ if TYPE_CHECKING:
     from chanscale.explain.seeds import measure_stability
     from chanscale.export.forms import export_run
     from chanscale.export.race import measure_latency
+    from chanscale.leaks.search import find_leaks
     from chanscale.pipeline import scale_and_select
     from chanscale.proof import channel_groups
     from chanscale.provenance import verify_model

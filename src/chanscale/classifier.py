@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,6 +88,15 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] > 1:
         return F.cross_entropy(logits, labels, reduction="none")
     return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+
+
+def class_weights(labels: Sequence[int] | NDArray[np.integer], classes: int) -> Tensor:
+    """Return the weight of each class, (classes,), with which all count alike in a loss over `labels`, each present.
+
+    The mean over the images is 1.
+    """
+    counts = torch.bincount(torch.as_tensor(np.asarray(labels), dtype=torch.int64), minlength=classes)
+    return len(labels) / (classes * counts)
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ import typer
 
 from chanscale.commands import UnfinishedRun, app
 from chanscale.compare_command import compare
+from chanscale.cross_validate_command import cross_validate
 from chanscale.delta_commands import restore, verify
 from chanscale.deploy_commands import export, latency
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 from chanscale.explain_command import explain
+from chanscale.leaks_command import leaks
+from chanscale.learning_curve_command import learning_curve
 from chanscale.report_command import report
 from chanscale.stability_command import stability
 
@@ -21,7 +24,19 @@ FAILED, INTERRUPTED = 2, 130
 # Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
 CHATTY = "lightning_fabric.utilities.rank_zero"
 
-for command in (compare, explain, export, latency, report, restore, stability, verify):
+for command in (
+    compare,
+    cross_validate,
+    explain,
+    export,
+    latency,
+    leaks,
+    learning_curve,
+    report,
+    restore,
+    stability,
+    verify,
+):
     app.command()(command)
 
 

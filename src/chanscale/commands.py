@@ -105,12 +105,12 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Judge a run on labelled images that it has not seen."""
-    from chanscale.artifact import load_model
     from chanscale.data import decode_images, open_images
     from chanscale.decision_rules import judge_rules
+    from chanscale.ensemble import load_predictor
     from chanscale.evaluation import evaluate as judge
 
-    model, info = load_model(run_folder)
+    model, info = load_predictor(run_folder)
     images = open_images(
         data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad, frames=frames
     )
@@ -150,14 +150,14 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Say which class a run sees in images, and how probably; and which images are unlike those of training."""
-    from chanscale.artifact import load_model
+    from chanscale.ensemble import load_predictor
     from chanscale.files import require_writable, write_atomically
     from chanscale.novelty.storage import NOVELTY, find_novelty
     from chanscale.predictions import predict_images
 
     if table is not None:
         require_writable(table)
-    model, info = load_model(run_folder)
+    model, info = load_predictor(run_folder)
     detector = find_novelty(run_folder)
     if abstain and detector is None:
         raise ConfigError(

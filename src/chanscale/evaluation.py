@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.errors import DataError
 from chanscale.metrics import Estimate, Metric, estimate, metrics_for
 from chanscale.programs import Program
+
+if TYPE_CHECKING:
+    from chanscale.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Classifier | Program,
+    model: "Classifier | Program | Ensemble",
     data: DecodedImages,
     indices: Sequence[int] | None = None,
     *,
@@ -67,7 +70,7 @@ def evaluate(
 
 
 def predict(
-    model: Classifier | Program,
+    model: "Classifier | Program | Ensemble",
     data: DecodedImages,
     indices: Sequence[int],
     *,
@@ -83,7 +86,7 @@ def predict(
 
 @torch.no_grad()
 def predict_logits(
-    model: Classifier | Program,
+    model: "Classifier | Program | Ensemble",
     data: DecodedImages,
     indices: Sequence[int],
     *,

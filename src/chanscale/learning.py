@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chanscale.classifier import Classifier, classification_loss, probabilities
+from chanscale.classifier import Classifier, class_weights, classification_loss, probabilities
 from chanscale.config import FitConfig
 from chanscale.data.augmentation import augment
 from chanscale.data.loading import Batch, BatchLoader, DecodedImages
@@ -42,6 +42,8 @@ class Learner:
         )
         self.sample = splits.train[:: -(-len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
+        labels, classes = data.images.labels[np.asarray(splits.train)], len(data.images.classes)
+        self.weights = class_weights(labels, classes) if config.balance else torch.ones(classes)
 
     def start_epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the training batches of `epoch`; layers that draw at random draw what that epoch would draw."""
@@ -57,7 +59,8 @@ class Learner:
         images, labels = self.fabric.to_device((self._augment(batch.images, epoch, done), batch.labels))
         with self.fabric.autocast():
             maps = torch.cat([model.feature_map(part) for part in images.split(self.config.micro_batch)])
-            loss = classification_loss(model.head(maps), labels).mean()
+            losses = classification_loss(model.head(maps), labels)
+            loss = (losses * self.weights.to(losses)[labels]).mean() if self.config.balance else losses.mean()
         self.fabric.backward(loss)
         total = float(loss.detach())
         if not math.isfinite(total):
@@ -90,13 +93,17 @@ class Learner:
         auc = mean_auc(probabilities(logits).cpu().numpy(), labels.cpu().numpy())
         return {"validation_loss": float(classification_loss(logits, labels).mean()), "validation_auc": auc}
 
-    def centre(self, model: Classifier) -> None:
+    def centre(self, model: Classifier, *, weighed: bool = True) -> None:
         """Move the intercept of the head, in place, to where the validation images have the least loss, in fp32.
 
         The epoch is chosen by AUC; what is called positive, at a probability of 0.5, needs an intercept. With more
-        than two classes none is fitted: the intercepts then decide which class wins, and change the AUC too.
+        than two classes none is fitted: the intercepts then decide which class wins, and change the AUC too. But where
+        the loss was `weighed` by class, they give back what that did to the odds (Saerens et al. 2002, eq. 2.4).
         """
         if model.head.linear.out_features > 1:
+            if weighed and self.config.balance:
+                with torch.no_grad():
+                    model.head.linear.bias.sub_(self.weights.log().to(model.head.linear.bias))
             return
         shift = fit_intercept(*self._validation_logits(model))
         with torch.no_grad():

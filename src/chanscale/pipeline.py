@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -41,6 +42,9 @@ from chanscale.runs import RunFolder
 from chanscale.state import Best, TrainingState
 from chanscale.training import fit, start
 from chanscale.wording import NOTICE
+
+RARE = 5
+"""How many times more images the commonest class has, from which on that is worth a word."""
 
 MOST_SEARCHED = 20_000
 """Images among which twins are sought unasked: the time grows with the square, to some minutes here."""
@@ -106,6 +110,7 @@ def _run(
         images.images, validation=config.validation, test=config.test, seed=config.seed
     )
     require_support(config, images, splits)
+    warn_of_imbalance(config, images, splits)
     leaks = note_leaks(images, splits, watcher) if folder else None
     original, classifier = open_classifier(
         model, images, splits, config, watcher, preprocessing=preprocessing
@@ -174,6 +179,21 @@ def _run(
     elif info.rebuilt_by == "program":
         info = replace(info, rebuilt_by="network")  # no program was written
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
+
+
+def warn_of_imbalance(config: FitConfig, images: DecodedImages, splits: Splits) -> None:
+    """Say so when a class is so rare among the training images that it may never be the most probable one."""
+    if config.balance:
+        return
+    labels, names = images.images.labels[np.asarray(splits.train)], images.images.classes
+    counts = np.bincount(labels, minlength=len(names))
+    if counts.max() >= RARE * counts.min():
+        _log.warning(
+            "of %d training images, %d are %s: a class so rare may never be the most probable one; "
+            "consider --balance%s",
+            len(labels), counts.min(), names[int(counts.argmin())],
+            ", and --sensitivity" if len(names) == 2 else "",
+        )  # fmt: skip
 
 
 def note_leaks(images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any] | None:

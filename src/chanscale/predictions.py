@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from chanscale.files import exists
 from chanscale.novelty.detector import Detector, Verdict
 from chanscale.operating_point import OperatingPoint
 from chanscale.programs import Program
+
+if TYPE_CHECKING:
+    from chanscale.ensemble import Ensemble
 
 Progress = Callable[[int, int], None]
 
@@ -127,7 +130,7 @@ class Predictions:
 
 
 def predict_images(
-    model: Classifier | Program,
+    model: "Classifier | Program | Ensemble",
     info: ModelInfo,
     paths: Sequence[Path],
     *,
@@ -150,7 +153,8 @@ def predict_images(
     if detector is None:
         probabilities, _ = predict(model, data, range(len(data)), progress=predicting)
     else:
-        judged = detector.judge(model, data, progress=predicting)
+        # An ensemble has not the layers that are watched: that is an error, and says so.
+        judged = detector.judge(cast(Classifier | Program, model), data, progress=predicting)
         probabilities, verdicts = judged.probabilities, judged.verdicts
     return Predictions(
         tuple(record.name for record in data.images.records), info.classes, probabilities, data.images.skipped,

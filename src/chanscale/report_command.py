@@ -27,6 +27,7 @@ def report(
     The test images are judged again; a run that `fit` wrote has its report already.
     """
     from chanscale.artifact import model_path
+    from chanscale.errors import ArtifactError, clip, one_line
     from chanscale.files import require_writable
     from chanscale.report_page.material import open_material
     from chanscale.report_page.writing import REPORT, write_report
@@ -35,5 +36,11 @@ def report(
     require_writable(path)
     with watching() as watcher:
         material = open_material(run, images, watcher=watcher)
-    write_report(material, path, names=names)
+    try:
+        write_report(material, path, names=names)
+    # What metrics.json and history.csv lack, or have of another kind, shows where it is drawn.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the metrics.json or history.csv of {run} is damaged ({clip(one_line(error))}); fit the model again"
+        ) from error
     say(f"{printable(str(path))}: {size_on_disk(path.stat().st_size)}")

@@ -1,14 +1,11 @@
 """The folder of a comparison: which cells there are to be, which are there, and that all are of one kind."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
-
-from filelock import FileLock
 
 from chanscale.comparison.cells import (
     IDLE_OPTIONS,
@@ -21,12 +18,13 @@ from chanscale.comparison.cells import (
     split_spec,
 )
 from chanscale.comparison.methods import configure, find_tries
-from chanscale.config import FitConfig, FixedPrecision, before_it_existed
+from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
 from chanscale.errors import ArtifactError, ConfigError, one_line
-from chanscale.files import claiming, to_json, write_atomically
+from chanscale.files import claiming, read_json, to_json, write_atomically
 from chanscale.wording import printable
+from chanscale.working_folder import require_own, require_same_options, sole_worker
 
 FORMAT = "chanscale-grid/1"
 
@@ -92,18 +90,13 @@ class GridFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
-        self._require_own()
+        require_own(self.out, self._file.name, what="a grid")
         with claiming(self.out):
             self.cells.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.out / ".lock", timeout=0)
-            lock.acquire()
-        try:
+        with sole_worker(self.out):
             for left in self.cells.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink()
             yield
-        finally:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
 
     def begin(self, plan: Plan, images: ImageSet) -> FixedPrecision:
         """Note the plan, or add its cells to those noted; return the precision that all cells have.
@@ -132,7 +125,7 @@ class GridFolder:
     def read(self) -> dict[str, Any]:
         """Return what `begin` noted. Raises ArtifactError."""
         try:
-            facts: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            facts: dict[str, Any] = read_json(self._file)
             known = facts["format"] == FORMAT
         except FileNotFoundError as error:
             raise ArtifactError(f"there is no grid at {self.out}; begin one with DATA") from error
@@ -171,21 +164,8 @@ class GridFolder:
     def _file(self) -> Path:
         return self.out / "grid.json"
 
-    def _require_own(self) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise ArtifactError(f"{self.out} is a file; choose another --out")
-        if self.out.exists() and any(self.out.iterdir()) and not self._file.exists():
-            raise ArtifactError(f"{self.out} holds something else than a grid; choose another --out")
-
     def _require_same(self, noted: dict[str, Any], wanted: dict[str, Any]) -> None:
-        earlier = {name: before_it_existed(name) for name in FitConfig.model_fields}
-        begun = earlier | noted["config"] | {"folds": noted["folds"]}
-        asked = wanted["config"] | {"folds": wanted["folds"]}
-        for name in sorted({*begun, *asked} - IDLE_OPTIONS):
-            if begun.get(name) != asked.get(name):
-                raise ConfigError(
-                    f"{self.out} was begun with {name}={begun.get(name)!r}, not {asked.get(name)!r}; "
-                    "use the same options, or another --out"
-                )
+        begun, asked = (facts["config"] | {"folds": facts["folds"]} for facts in (noted, wanted))
+        require_same_options(self.out, begun, asked, idle=IDLE_OPTIONS)
         if noted["images"] != wanted["images"]:
             raise ConfigError(f"{self.out} was begun with other images; use the same, or another --out")

@@ -1,0 +1,87 @@
+"""What a cross-validation holds: which images each of its runs trains on, and which it never sees."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+from chanscale.comparison.folds import split_for_cell
+from chanscale.config import FitConfig, FixedPrecision
+from chanscale.data.sources import ImageSet
+from chanscale.data.splits import SIDES, Splits, split_images
+from chanscale.errors import ConfigError
+
+SEEDS = 2**32
+"""How many seeds there are."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a cross-validation: that whose fold `fold` of repeat `repeat` is not trained on."""
+
+    repeat: int
+    fold: int
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder."""
+        return f"r{self.repeat}-f{self.fold}"
+
+
+@dataclass(frozen=True)
+class CrossPlan:
+    """`repeats` times, the images are dealt to `folds` by patient, and each fold is left out once.
+
+    `config.test`: the share that is in no fold. `config.seed` fixes that share and the first repeat, the next number
+    the second repeat, and so on. Raises ConfigError.
+    """
+
+    folds: int
+    repeats: int
+    config: FitConfig
+
+    def __post_init__(self) -> None:
+        if self.folds < 2 or self.repeats < 1:
+            raise ConfigError(
+                f"a cross-validation needs 2 folds and 1 repeat at least. Got {self.folds} and {self.repeats}."
+            )
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Every run, one repeat after the other."""
+        return tuple(Member(repeat, fold) for repeat in range(self.repeats) for fold in range(self.folds))
+
+    def keep_out(self, images: ImageSet) -> Splits:
+        """Return which images are in no fold, as test; all others train. Raises SplitError.
+
+        Where the source itself has test images, these are they, and all others are dealt.
+        """
+        splits = split_images(images, validation=0, test=self.config.test, seed=self.config.seed)
+        return Splits(tuple(sorted(splits.train + splits.validation)), (), splits.test)
+
+    def put_on_sides(self, learning: ImageSet, member: Member) -> ImageSet:
+        """Return the images of all folds, each on its side in the run of `member`: its fold is test.
+
+        Raises SplitError.
+        """
+        seed = self._seed(member)
+        splits = split_for_cell(
+            learning, fold=member.fold, folds=self.folds, fold_seed=seed, seed=seed, size=None,
+            validation=self.config.validation, test=0,
+        )  # fmt: skip
+        side_of = {i: side for side, own in zip(SIDES, astuple(splits), strict=True) for i in own}
+        records = (replace(record, split=side_of[i]) for i, record in enumerate(learning.records))
+        return replace(learning, records=tuple(records))
+
+    def configure(self, member: Member, precision: FixedPrecision) -> FitConfig:
+        """Return the options of one run, at the precision that all have."""
+        # What the first three say has been done, or is not to be: class order, patients, and a test side.
+        own = {"positive": None, "group_pattern": None, "test": 0.0, "seed": self._seed(member)}
+        return self.config.model_copy(update=own | {"precision": precision})
+
+    def _seed(self, member: Member) -> int:
+        return (self.config.seed + member.repeat) % SEEDS
+
+
+def take(images: ImageSet, indices: Sequence[int]) -> ImageSet:
+    """Return these images, which stand on no side."""
+    records = tuple(replace(images.records[i], split=None) for i in indices)
+    return replace(images, records=records)

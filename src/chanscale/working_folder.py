@@ -1,0 +1,49 @@
+"""A folder that long work fills over several calls: one process at a time, and always with the same options."""
+
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from chanscale.config import FitConfig, before_it_existed
+from chanscale.errors import ArtifactError, ConfigError
+from chanscale.files import claiming
+
+
+def require_own(out: Path, file: str, *, what: str) -> None:
+    """Raise ArtifactError unless `out` is new, empty, or a folder with `file`, as one that holds `what` has it."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file; choose another --out")
+    if out.exists() and any(out.iterdir()) and not (out / file).exists():
+        raise ArtifactError(f"{out} holds something else than {what}; choose another --out")
+
+
+@contextmanager
+def sole_worker(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder`, which is there. Raises ArtifactError."""
+    with claiming(folder):
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def require_same_options(
+    out: Path, begun: Mapping[str, Any], asked: Mapping[str, Any], *, idle: Set[str]
+) -> None:
+    """Raise ConfigError unless `out` was begun with the options that are asked for, those in `idle` left aside.
+
+    An option that there was not when it was begun counts as what it came to then.
+    """
+    begun = {name: before_it_existed(name) for name in FitConfig.model_fields} | dict(begun)
+    for name in sorted({*begun, *asked} - idle):
+        if begun.get(name) != asked.get(name):
+            raise ConfigError(
+                f"{out} was begun with {name}={begun.get(name)!r}, not {asked.get(name)!r}; "
+                "use the same options, or another --out"
+            )
