@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from chanscale.errors import ConfigError, one_line
+from chanscale.errors import ConfigError, brief, clip, one_line
 
 CostKind = Literal["parameters", "macs"]
 Penalty = Literal["proximal", "gradient"]
@@ -19,6 +19,9 @@ FixedPrecision = Literal["32-true", "bf16-mixed"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Frames = Literal["first", "all"]
 
+
+_MOST_TOLD = 5
+"""Faults that are told of one configuration."""
 
 BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False}
 """What an option came to before there was such an option, where that was not its default."""
@@ -150,6 +153,11 @@ class FitConfig(BaseModel):
     refine_lr: float = Field(
         1e-2, gt=0, le=10, description="Learning rate of the scales in refinement, at its start."
     )
+    balance: bool = Field(
+        False,
+        description="Let each class count alike in the loss, however few its training images are. Probabilities stay "
+        "those for images in which classes are as common as in these; --sensitivity calls a rare class more often.",
+    )
     head_decay: float = Field(1e-2, ge=0, description="L2 penalty on the weights of the head.")
     batch_size: int = Field(20, ge=2, description="Images in a step.")
     micro_batch: int = Field(
@@ -200,15 +208,19 @@ class FitConfig(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise ConfigError("; ".join(_describe(detail) for detail in error.errors())) from error
+            # Not `from error`: it would print its input whole, whatever that is.
+            raise ConfigError(
+                "; ".join(_describe(detail) for detail in error.errors()[:_MOST_TOLD])
+            ) from None
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> Self:
         """Read a YAML file, then apply `overrides`. Raises ConfigError."""
         try:
-            options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {one_line(error)}") from error
+            options = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        # What the loader cannot make a date or a number of raises nearly anything; what is deep, RecursionError.
+        except Exception as error:
+            raise ConfigError(f"cannot read the configuration {path}: {clip(one_line(error))}") from error
         if not isinstance(options, dict):
             raise ConfigError(f"{path} must hold `option: value` lines, got a {type(options).__name__}")
         return cls.build(options | (overrides or {}))
@@ -218,6 +230,15 @@ class FitConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML without aliases: with them, a few lines could stand for billions, and no option needs them."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read; write each value out")
+        return super().compose_node(parent, index)
+
+
 def before_it_existed(option: str) -> Any:
     """Return what an option came to before it was added."""
     return BEFORE_IT_EXISTED.get(option, FitConfig.model_fields[option].default)
@@ -225,5 +246,6 @@ def before_it_existed(option: str) -> Any:
 
 def _describe(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    got = f" Got {where}={detail['input']!r}." if where else ""
+    where = clip(where)
+    got = f" Got {where}={brief(detail['input'])}." if where else ""
     return f"{where + ': ' if where else ''}{detail['msg']}.{got}"
