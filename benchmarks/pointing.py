@@ -113,8 +113,8 @@ def print_pointing(
         ratio = interval(lambda rows, e=energy[key]: e[rows].mean() / share[rows].mean(), groups)
         cells = [interval(lambda rows, v=v: v[rows].mean(), groups) for v in (values, energy[key])]
         print(f"| {model} | {kind} |", " | ".join((*cells, ratio)), "|")
-    print("\n| small model, class map less mean | hit rate | energy in box |\n|---|---|---|")
-    first = "small: class map less mean"
+    print("\n| small model, class map | hit rate | energy in box |\n|---|---|---|")
+    first = "small: class map"
     for key in hits:
         if key != first:
             cells = [
@@ -169,8 +169,8 @@ def draw_maps(
     cams = torch.cat([grad_cam(model, images.batch(part)[0], 0) for part in chunks(chosen)])
     views = torch.cat([average_views(model, images.batch(part)[0]) for part in chunks(chosen)])
     return {
-        "class map less mean": maps - mean, "class map": maps, "class map, views averaged": views,
-        "Grad-CAM": cams.clamp_min(0),
+        "class map": maps, "class map less mean": maps - mean, "the mean alone": mean.expand_as(maps),
+        "class map, views averaged": views, "Grad-CAM": cams.clamp_min(0),
     }  # fmt: skip
 
 
