@@ -375,7 +375,7 @@ def test_the_same_command_again_trains_nothing_and_tells_the_whole(whole, data, 
     told, err = words(capsys)
     assert "4 of 4 runs are there" in err
     flat = " ".join(told.split())
-    assert all(word in flat for word in ("pooled", "sd of repeats", "sensitivity", "brier"))
+    assert all(word in flat for word in ("pooled", "sd, repeats", "sensitivity", "brier"))
     assert "The average of the 4 models, on " in flat
     assert "Bengio & Grandvalet 2004" in flat
     assert files_below(whole.out / "runs") == before

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from chanscale.crossval.plan import Member
     from chanscale.crossval.validation import CrossValidation
 
-COLUMNS = ("", "pooled", "95 % interval", "mean of folds", "sd of folds", "sd of repeats")
+COLUMNS = ("", "pooled", "95 % interval", "folds", "sd, folds", "sd, repeats")
 
 
 @with_config_options
