@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from chanscale.errors import DataError
-from chanscale.metrics import accuracy, estimate, mean_auc, metrics_for, sensitivity, specificity
+from chanscale.metrics import (
+    accuracy,
+    area_under_roc,
+    estimate,
+    mean_auc,
+    metrics_for,
+    sensitivity,
+    specificity,
+)
 
 
 def two_columns(positive):
@@ -134,3 +142,13 @@ def test_draws_that_lack_a_class_are_left_out_and_a_figure_that_is_not_defined_s
 def test_no_images_are_an_error():
     with pytest.raises(DataError, match="choose a test share above 0"):
         estimate(metrics_for(2), np.zeros((0, 2)), np.zeros(0, int), np.zeros(0))
+
+
+@pytest.mark.parametrize("levels", [3, 20, 10**6])
+def test_the_area_is_that_of_scikit_learn_with_ties_too(levels):
+    rng = np.random.default_rng(levels)
+    for _ in range(20):
+        scores = rng.integers(0, levels, 40) / levels
+        positive = rng.permutation(np.arange(40) < rng.integers(1, 40))
+        wanted = roc_auc_score(positive, scores)
+        assert area_under_roc(scores, positive) == pytest.approx(wanted, abs=1e-12)

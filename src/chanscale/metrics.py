@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from chanscale.errors import DataError
 
@@ -37,8 +37,19 @@ def mean_auc(probabilities: Floats, labels: Ints) -> float:
     if len(np.unique(labels)) < classes:
         return float("nan")
     if classes == 2:
-        return float(roc_auc_score(labels, probabilities[:, 1]))
-    return float(np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in range(classes)]))
+        return area_under_roc(probabilities[:, 1], labels == 1)
+    return float(np.mean([area_under_roc(probabilities[:, k], labels == k) for k in range(classes)]))
+
+
+def area_under_roc(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """Share of pairs of a positive and a negative in which the positive scores higher; a tie counts half.
+
+    `scores`, `positive`: (N,), with both kinds. By ranks (Mann & Whitney 1947; Hanley & McNeil 1982): scikit-learn's is
+    the same number, and takes ten times as long, which thousands of bootstrap draws feel.
+    """
+    count = int(positive.sum())
+    above = rankdata(scores)[positive].sum() - count * (count + 1) / 2
+    return float(above / (count * (len(positive) - count)))
 
 
 def accuracy(probabilities: Floats, labels: Ints) -> float:
