@@ -7,6 +7,7 @@
 #
 # make lock     write the lock files anew, after a change of pyproject.toml or constraints.txt
 # make sbom     what is installed, as CycloneDX: dist/chanscale.cdx.json
+# make fuzz     changed files for each reader, for a few minutes; installs atheris (Linux) in a folder of its own
 # make audit    known vulnerabilities of what is locked; needs PyPI's own service
 #
 # What is installed is locked: by version, and by the SHA-256 of each file. LOCK=0 goes by version alone.
@@ -19,7 +20,7 @@ LOCK ?= 1
 BIN := .venv/bin
 TOOLS := .venv/tools/bin
 
-.PHONY: demo test lint types check package licences lock sbom audit clean
+.PHONY: demo test lint types check package licences lock sbom audit fuzz clean
 
 demo: .venv/installed
 	$(BIN)/chanscale demo
@@ -54,6 +55,15 @@ sbom: .venv/installed .venv/tools/installed
 
 audit: .venv/tools/installed
 	$(TOOLS)/python tools/audit.py
+
+FUZZ_SECONDS ?= 20
+
+fuzz: .venv/installed-dev .venv/fuzz/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/fuzz $(BIN)/python tools/fuzz.py all --seconds $(FUZZ_SECONDS)
+
+.venv/fuzz/installed: .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target .venv/fuzz atheris==3.0.0
+	touch $@
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

@@ -15,6 +15,7 @@ from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.splits import Splits
 from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError
 from chanscale.evaluation import predict
+from chanscale.folding import fold_grey
 from chanscale.novelty.facts import COLUMNS, SHAPE
 from chanscale.novelty.fitting import fit_novelty, fit_traits
 from chanscale.novelty.storage import NOVELTY, load_novelty, save_novelty
@@ -186,6 +187,16 @@ def test_no_hook_stays_on_the_model(fitted, phantoms):
     with pytest.raises(ModelError, match=r"no layer 'trunk\.nowhere'"):
         replace(detector, layers=(*detector.layers, "trunk.nowhere")).judge(model, as_images(phantoms[:2]))
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_colour_images_of_a_network_folded_for_grey_are_refused_as_predict_refuses_them(fitted, phantoms):
+    model, detector = fitted
+    grey, colour = as_images(phantoms[:4]), as_images([np.stack([image] * 3, -1) for image in phantoms[:4]])
+    folded = fold_grey(model, grey.batch(range(4))[0])
+    assert len(detector.judge(folded, grey).verdicts) == 4
+    for call in (lambda: detector.judge(folded, colour), lambda: predict(folded, colour, range(4))):
+        with pytest.raises(ModelError, match="folded for grey images"):
+            call()
 
 
 def test_no_images_give_no_verdicts(fitted, phantoms):

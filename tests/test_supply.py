@@ -9,7 +9,10 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+
+from chanscale import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src" / "chanscale").rglob("*.py"))
@@ -221,9 +224,12 @@ def test_torch_and_numpy_load_without_pickle():
 
 
 def test_yaml_is_read_as_plain_values():
-    used = {name for _, name, _ in calls() if name.startswith("yaml.")}
-    assert "yaml.safe_load" in used
-    assert used <= {"yaml.safe_load", "yaml.safe_dump"}
+    used = [(path, name, call) for path, name, call in calls() if name.startswith("yaml.")]
+    plain = {"yaml.safe_load", "yaml.safe_dump", "yaml.load", "yaml.composer.ComposerError"}
+    assert {"yaml.safe_load"} < {name for _, name, _ in used} <= plain
+    (load,) = [(path, ast.unparse(call.args[1])) for path, name, call in used if name == "yaml.load"]
+    assert load == ("config.py", "_Loader")
+    assert issubclass(config._Loader, yaml.SafeLoader)
 
 
 def test_no_text_becomes_code_and_no_shell_is_asked():

@@ -19,8 +19,8 @@ from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.conformal import PredictionSets
 from chanscale.cutting_points import cut_trunk
-from chanscale.errors import ArtifactError, ChanscaleError, ModelError, one_line
-from chanscale.files import write_atomically
+from chanscale.errors import ArtifactError, ChanscaleError, ModelError, brief, clip, one_line
+from chanscale.files import parse_json, write_atomically
 from chanscale.modes import in_eval
 from chanscale.operating_point import OperatingPoint
 from chanscale.originals import rebuild_trunk, trunk_of
@@ -165,12 +165,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the metadata of a safetensors file. Raises ArtifactError."""
     try:
         with safe_open(path, framework="pt") as file:
+            metadata = dict(parse_json((file.metadata() or {}).get(METADATA, "{}")))
             # Clones: in memory that is not aligned, some kernels add in another order, and round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ArtifactError(
-            f"{path} is not a whole safetensors file ({error}); fit the model again"
+            f"{path} is not a whole safetensors file ({clip(one_line(error))}); fit the model again"
         ) from error
 
 
@@ -186,7 +186,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; "
+            f"{path} has the format {brief(metadata.get('format'))}, not {FORMAT!r}; "
             f"it is no chanscale model, or one of another version"
         )
     return tensors, metadata
@@ -200,5 +200,5 @@ def parse_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:
         reason = f"no {error}"
     except ValidationError as error:
         first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = clip(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
     raise ArtifactError(f"the metadata of {path} is damaged ({reason}); fit the model again")

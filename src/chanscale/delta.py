@@ -28,7 +28,7 @@ from chanscale.artifact import (
     rebuild,
 )
 from chanscale.classifier import Classifier, to_channels_last
-from chanscale.errors import ArtifactError, ChanscaleError, DigestError, WeightsError, one_line
+from chanscale.errors import ArtifactError, ChanscaleError, DigestError, WeightsError, brief, clip, one_line
 from chanscale.files import write_atomically
 from chanscale.provenance import Origin, Origins, require_public, same_bits
 
@@ -239,17 +239,20 @@ def _unpack_kept(bits: Tensor | None, widths: Mapping[str, int], path: Path) -> 
 def _parse_header(found: Mapping[str, Any], path: Path) -> _Header:
     if found.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} has the format {found.get('format')!r}, not {FORMAT!r}; it is no delta, or one of another version"
+            f"{path} has the format {brief(found.get('format'))}, not {FORMAT!r}; "
+            "it is no delta, or one of another version"
         )
     try:
         header = _HEADER.validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = clip(".".join(map(str, first["loc"])))
         raise ArtifactError(
             f"the metadata of {path} are damaged ({where}: {first['msg']}); get it again"
         ) from error
     told = header.model.get("format")
     if told != artifact.FORMAT or not isinstance(header.model.get("info"), dict):
-        raise ArtifactError(f"{path} is of a model of format {told!r}, not {artifact.FORMAT!r}; get it again")
+        raise ArtifactError(
+            f"{path} is of a model of format {brief(told)}, not {artifact.FORMAT!r}; get it again"
+        )
     return header

@@ -19,6 +19,13 @@ ChanscaleError
 The command line catches ChanscaleError once, prints its one line and exits with 2.
 """
 
+import reprlib
+
+from chanscale.wording import without_controls
+
+MOST = 200
+"""Characters of what comes from outside that a message shows."""
+
 
 class ChanscaleError(Exception):
     """Root of all errors; its message is one line that says what to do."""
@@ -83,3 +90,20 @@ class ArtifactError(ChanscaleError):
 def one_line(error: BaseException) -> str:
     """Return the error's words without line breaks, or its kind when it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def clip(text: str) -> str:
+    """Return a name or a message from outside as a line can bear it: of a long one the start, without line breaks."""
+    return without_controls(text if len(text) <= MOST else f"{text[:MOST]}...")
+
+
+def brief(value: object) -> str:
+    """Return the repr of a value from outside, clipped; of one that is large or nested, no more is looked at."""
+    try:
+        return clip(_REPR.repr(value))
+    except ValueError:  # a whole number of too many digits to print
+        return f"a large {type(value).__name__}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, MOST, MOST

@@ -98,6 +98,19 @@ def exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds. Raises OSError, and ValueError for what is none."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON text holds. Raises ValueError, also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def to_json(value: Any) -> str:
     """Return JSON that any parser takes: a figure that is not defined (nan) becomes null."""
     return json.dumps(_without_nan(value), indent=2, allow_nan=False)

@@ -20,7 +20,7 @@ from chanscale.data.sources import ImageSet
 from chanscale.data.splits import SIDES, Splits, split_images
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
-from chanscale.files import to_json, write_atomically
+from chanscale.files import read_json, to_json, write_atomically
 from chanscale.metrics import mean_auc, metrics_for
 from chanscale.pipeline import describe_machine, load_images, open_classifier, open_path, scale_and_select
 from chanscale.progress import Watcher
@@ -175,7 +175,7 @@ def write_cell(folder: Path, result: Mapping[str, Any]) -> Path:
 def read_cell(path: Path) -> Result | None:
     """Return what `write_cell` wrote, or None where it is missing or damaged."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         whole = result["format"] == FORMAT and Cell(**result["cell"]).name == path.name.removesuffix(".json")
         lengths = {len(column) for column in result["test"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -20,7 +20,7 @@ FULL_RANGE = 65535
 Pixels = NDArray[np.uint16]
 Source = Path | str | Frame | NDArray[np.generic]
 
-_FORMATS = ("PNG", "JPEG", "TIFF")
+FORMATS = ("PNG", "JPEG", "TIFF")
 _WANTED = "wanted a PNG, JPEG, TIFF or DICOM image, grey or RGB, 8 or 16 bits a channel"
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY = ("1", "L", "LA", *_WIDE_GREY)
@@ -76,7 +76,7 @@ def count_channels(source: Source) -> int:
             head = file.read(_PNG_KIND.stop)
             if _is_wide_png(head):  # Pillow has no mode for grey with alpha in 16 bits, and calls it RGBA
                 return 1 if head[_PNG_KIND] == _WIDE_GREY_ALPHA else 3
-            with Image.open(file, formats=_FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return 3 if image.mode in _COLOUR else 1
     except Exception:
         return 1
@@ -89,7 +89,7 @@ def _decode(source: Path | str | Frame) -> NDArray[np.generic]:
         raise UnreadableImageError(f"{_WANTED}, got an empty file of 0 bytes. Get it again, or remove it.")
     if is_dicom(path, data):
         return read_dicom(data, frame=number)
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _refuse(image)
         bits = _read_tag(image, _TIFF_BITS, ())
         # Pillow would drop the lower 8 bits of each colour.

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from chanscale.data.images import IMAGE_SUFFIXES
 from chanscale.data.listing import list_folders, list_images
-from chanscale.errors import DataError, one_line
-from chanscale.files import is_file
+from chanscale.data.memory import free_memory
+from chanscale.errors import DataError, clip, one_line
+from chanscale.files import exists, is_file
+from chanscale.wording import size_on_disk
 
 Side = Literal["train", "validation", "test"]
 SPLIT_WORDS: dict[str, Side] = {
@@ -21,6 +23,8 @@ SPLIT_WORDS: dict[str, Side] = {
     "val": "validation",
     "test": "test",
 }
+_ROW_BYTES = 1000
+"""About what an image takes in memory beside its pixels, its name and labels."""
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
 
@@ -45,12 +49,12 @@ def read_rows(source: Path) -> list[Row]:
 
 
 def _read(source: Path) -> list[Row]:
+    if not exists(source):
+        raise DataError(
+            f"{clip(str(source))} does not exist; wanted a folder of class folders, a .csv table or a .npz file."
+        )
     if source.is_dir():
         return _read_folder(source)
-    if not source.exists():
-        raise DataError(
-            f"{source} does not exist; wanted a folder of class folders, a .csv table or a .npz file."
-        )
     if source.suffix.lower() == ".csv":
         return _read_table(source)
     if source.suffix.lower() == ".npz":
@@ -86,7 +90,7 @@ def _read_table(table: Path) -> list[Row]:
     if not {"path", "label"} <= columns:
         raise DataError(
             f"{table} must have the columns path and label (and may have group and split), "
-            f"got {', '.join(sorted(columns)) or 'none'}."
+            f"got {clip(', '.join(sorted(columns))) or 'none'}."
         )
     if not cells:
         raise DataError(f"{table} has a header but no row; add a line for each image.")
@@ -106,18 +110,20 @@ def _to_rows(row: dict[str, str], table: Path, line: int) -> list[Row]:
     name, word = _to_name(row["path"], table), row.get("split", "").lower()
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(str(name)).is_absolute():
         raise DataError(
-            f"{where}: wanted a path below {table.parent}, got {row['path']}: a table that points elsewhere "
+            f"{where}: wanted a path below {table.parent}, got {clip(row['path'])}: a table that points elsewhere "
             "breaks when it is moved. Put the table above its images."
         )
     if word and word not in SPLIT_WORDS:
-        raise DataError(f"{where}: the split must be one of {', '.join(SPLIT_WORDS)}, got {row['split']!r}.")
+        raise DataError(
+            f"{where}: the split must be one of {', '.join(SPLIT_WORDS)}, got {clip(row['split'])!r}."
+        )
     path, group, split = table.parent / name, row.get("group") or None, SPLIT_WORDS.get(word)
     if row["label"]:
         return [Row(str(name), row["label"], group, split, path)]
-    if not (path.is_dir() or path.suffix.lower() == ".npz"):
+    if not ((exists(path) and path.is_dir()) or path.suffix.lower() == ".npz"):
         raise DataError(f"{where}: the label is missing.")
     if group:
-        raise DataError(f"{where}: {row['path']} has groups of its own; leave the group empty.")
+        raise DataError(f"{where}: {clip(row['path'])} has groups of its own; leave the group empty.")
     found = read_rows(path)
     return [replace(own, name=str(name / own.name), split=own.split or split) for own in found]
 
@@ -132,14 +138,27 @@ def _read_npz(source: Path) -> list[Row]:
     try:
         # Opened here, since np.load leaves a damaged file open.
         with source.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in content.files if key.partition("_")[0] in SPLIT_WORDS}
+            keys = [key for key in content.files if key.partition("_")[0] in SPLIT_WORDS]
+            _require_memory(sum(member.file_size for member in content.zip.filelist), source)
+            arrays = {key: array for key in keys if isinstance(array := content[key], np.ndarray)}
+    except DataError:
+        raise
     # A damaged archive raises nearly anything: BadZipFile, zlib.error, EOFError, NotImplementedError ...
     except Exception as error:
-        raise DataError(f"cannot read the arrays of {source}: {one_line(error)}") from error
+        raise DataError(f"cannot read the arrays of {source}: {clip(one_line(error))}") from error
     words = [word for word in SPLIT_WORDS if f"{word}_images" in arrays]
     if not words:
         raise DataError(f"{source} must have MedMNIST's keys, such as train_images and train_labels.")
     return [row for word in words for row in _read_npz_split(arrays, word, source)]
+
+
+def _require_memory(wanted: int, source: Path) -> None:
+    free = free_memory()
+    if wanted > free:
+        raise DataError(
+            f"{source} takes {size_on_disk(wanted)} of memory, and {size_on_disk(free)} are free; take fewer images, "
+            "or save them as files."
+        )
 
 
 def _read_npz_split(arrays: dict[str, NDArray[np.generic]], word: str, source: Path) -> list[Row]:
@@ -150,6 +169,7 @@ def _read_npz_split(arrays: dict[str, NDArray[np.generic]], word: str, source: P
             f"{source}: wanted one whole number in {word}_labels for each of {word}_images, "
             f"shape (N,) or (N, 1), got {labels.shape} of {labels.dtype} for images of shape {images.shape}."
         )
+    _require_memory(len(labels) * _ROW_BYTES, source)
     pairs = enumerate(zip(images, labels.reshape(-1).tolist(), strict=True))
     return [
         Row(f"{word}/{i}", str(label), None, SPLIT_WORDS[word], None, image) for i, (image, label) in pairs

@@ -17,7 +17,7 @@ from chanscale.config import Frames
 from chanscale.data.dicom import name_frame, read_header
 from chanscale.data.dicom_patients import load_key, rename_patient
 from chanscale.data.readers import Row, Side, read_rows
-from chanscale.errors import DataError
+from chanscale.errors import DataError, clip
 from chanscale.files import is_file
 from chanscale.wording import printable
 
@@ -98,7 +98,7 @@ class ImageSet:
         kept = tuple(record for record in self.records if record.name not in left_out)
         if not kept:
             raise DataError(
-                f"none of the {len(self)} images in {self.source} is readable; the first is {names[0]}."
+                f"none of the {len(self)} images in {self.source} is readable; the first is {clip(names[0])}."
             )
         return replace(self, records=kept, skipped=self.skipped + tuple(names))
 
@@ -133,7 +133,7 @@ def open_images(
     if missing and not skip_bad:
         advice = "Mend the links" if source.is_dir() else "Paths are relative to the table; correct them"
         raise DataError(
-            f"{len(missing)} of {len(rows)} images named in {source} are not there, such as {missing[0]}. "
+            f"{len(missing)} of {len(rows)} images named in {source} are not there, such as {clip(missing[0])}. "
             f"{advice}, or leave these out with skip_bad (--skip-bad)."
         )
     _check_names(rows, source)
@@ -149,11 +149,11 @@ def _check_names(rows: list[Row], source: Path) -> None:
     repeated = [name for name, count in Counter(row.name for row in rows).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{source} names {len(repeated)} images more than once, such as {repeated[0]}. Keep one of each."
+            f"{source} names {len(repeated)} images more than once, such as {clip(repeated[0])}. Keep one of each."
         )
     foreign = [row.label for row in rows if printable(row.label) != row.label]
     if foreign:  # the model's file holds the classes, as text
-        raise DataError(f"the class {foreign[0]!r} of {source} is no valid UTF-8; rename its folder.")
+        raise DataError(f"the class {clip(foreign[0])!r} of {source} is no valid UTF-8; rename its folder.")
 
 
 def _order_classes(names: set[str]) -> tuple[str, ...]:
@@ -163,12 +163,14 @@ def _order_classes(names: set[str]) -> tuple[str, ...]:
 
 def _check_classes(images: ImageSet) -> None:
     if len(images.classes) < 2:
-        raise DataError(f"{images.source} has only the class {images.classes[0]!r}; wanted two or more.")
+        raise DataError(
+            f"{images.source} has only the class {clip(images.classes[0])!r}; wanted two or more."
+        )
     few = {name: count for name, count in images.counts.items() if count < 2}
     if few:
         name, count = next(iter(few.items()))
         raise DataError(
-            f"class {name!r} of {images.source} has {count} image{'' if count == 1 else 's'}; "
+            f"class {clip(name)!r} of {images.source} has {count} image{'' if count == 1 else 's'}; "
             "wanted two or more. Add images, or remove the class."
         )
 
@@ -195,7 +197,7 @@ def _to_records(
     unknown = sorted({row.label for row in rows} - index.keys())
     if unknown:
         raise DataError(
-            f"{source} has the class {unknown[0]!r}; wanted only {', '.join(map(repr, classes))}."
+            f"{source} has the class {clip(unknown[0])!r}; wanted only {', '.join(map(repr, classes))}."
         )
     records = [_to_record(row, index[row.label], pattern) for row in rows]
     if frames == "all":
@@ -230,6 +232,6 @@ def _find_group(row: Row, pattern: re.Pattern[str] | None) -> str | None:
     group = match and match.group(1 if pattern.groups else 0)
     if not group:
         raise DataError(
-            f"group_pattern={pattern.pattern!r} finds no patient in {text!r}; make it match every file."
+            f"group_pattern={pattern.pattern!r} finds no patient in {clip(text)!r}; make it match every file."
         )
     return group

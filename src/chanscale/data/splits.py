@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chanscale.data.readers import Side
 from chanscale.data.sources import ImageSet
-from chanscale.errors import ArtifactError, SplitError, one_line
+from chanscale.errors import ArtifactError, SplitError, clip, one_line
 from chanscale.files import write_atomically
 
 SIDES: tuple[Side, ...] = ("train", "validation", "test")
@@ -94,14 +94,15 @@ def read_splits(path: Path, images: ImageSet) -> Splits:
     strangers = sorted(set(names) ^ rows.keys())
     if strangers:
         raise SplitError(
-            f"{path} and {images.source} differ in {len(strangers)} images, such as {strangers[0]}; "
+            f"{path} and {images.source} differ in {len(strangers)} images, such as {clip(strangers[0])}; "
             "use the images that the split was made for, or make a new split."
         )
     for record in images.records:
         label, name = rows[record.name]["label"], images.classes[record.label]
         if label != name:
             raise SplitError(
-                f"{path} has {record.name} as {label!r}, {images.source} as {name!r}; make a new split."
+                f"{path} has {clip(record.name)} as {clip(label)!r}, {images.source} as {clip(name)!r}; "
+                "make a new split."
             )
     sides = np.array([SIDES.index(rows[name]["split"]) for name in names])
     _check_groups(images, sides)
@@ -179,8 +180,8 @@ def _check_groups(images: ImageSet, sides: NDArray[np.intp]) -> None:
     for record, side in zip(images.records, sides.tolist(), strict=True):
         if side_of.setdefault(record.group, side) != side:
             raise SplitError(
-                f"group {record.group!r} of {images.source} stands on two sides, "
-                f"{SIDES[side_of[record.group]]} and {SIDES[side]} ({record.name}); "
+                f"group {clip(record.group)!r} of {images.source} stands on two sides, "
+                f"{SIDES[side_of[record.group]]} and {SIDES[side]} ({clip(record.name)}); "
                 "put all images of a group on one side."
             )
 
@@ -195,7 +196,7 @@ def _check_classes(images: ImageSet, sides: NDArray[np.intp], wanted: set[int]) 
             groups = len({record.group for record in images.records if record.label == label})
             raise SplitError(
                 f"no split of {images.source} was found with every class on every side: "
-                f"{side} has no {absent[0]!r}, which has {groups} group{'' if groups == 1 else 's'} "
+                f"{side} has no {clip(absent[0])!r}, which has {groups} group{'' if groups == 1 else 's'} "
                 "(patients, or single images). Add images, change the shares, or use test=0."
             )
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from chanscale.classifier import Classifier, probabilities
-from chanscale.data.images import read_image
+from chanscale.data.images import FORMATS, read_image
 from chanscale.data.loading import BatchLoader, DecodedImages, Progress, source_of
 from chanscale.data.sources import ImageRecord
 from chanscale.errors import ModelError
@@ -122,12 +122,12 @@ def read_dimensions(record: ImageRecord) -> tuple[int, int]:
         return source.shape[1], source.shape[0]
     try:
         return _read_header(source)
-    except (OSError, TypeError, AttributeError):  # of a kind that only read_image knows
+    except Exception:  # of a kind that only read_image knows, or damaged: it says how
         _, height, width = read_image(source, size=None).shape
         return width, height
 
 
 def _read_header(source: Any) -> tuple[int, int]:
-    with Image.open(source) as image:
+    with Image.open(source, formats=FORMATS) as image:
         sideways = image.getexif().get(UPRIGHT) in SIDEWAYS
         return (image.height, image.width) if sideways else (image.width, image.height)

@@ -1,7 +1,6 @@
 """What a report is made of, and the same read again from a run folder."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,6 +18,8 @@ from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.data.splits import Splits
 from chanscale.errors import ArtifactError, ChanscaleError, DataError, one_line
 from chanscale.evaluation import Evaluation, evaluate
+from chanscale.explain.stability import STABILITY
+from chanscale.files import read_json
 from chanscale.modes import device_of
 from chanscale.originals import rebuild_trunk
 from chanscale.own_images import open_own_images
@@ -43,6 +44,7 @@ class Material:
 
     `widths`: the channels of each group of the whole original, also behind the end of the trunk; empty where that is
     not known. `judged`: what the model said of the test images, in the order of `splits.test`; None without any.
+    `stability`: how far other seeds agree, as in stability.json; None where that was not measured.
     """
 
     model: Classifier | Program
@@ -54,6 +56,7 @@ class Material:
     images: DecodedImages
     splits: Splits
     judged: Evaluation | None
+    stability: Mapping[str, Any] | None = None
 
     @cached_property
     def groups(self) -> NDArray[Any]:
@@ -85,12 +88,13 @@ def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:
     )
     metrics = read_metrics(file.with_name("metrics.json"))
     judged = _judge(model, decoded, splits, metrics, watcher)
-    history = _read_history(file.with_name("history.csv"))
+    history = read_history(file.with_name("history.csv"))
     config = FitConfig.read(file.with_name("config.yaml"))
     if "calibration" not in metrics:  # a run of a version that calibrated none
         config = config.model_copy(update={"calibrate": before_it_existed("calibrate")})
     widths = metrics.get("widths") or find_widths(model, info)
-    return Material(model, info, metrics, history, config, widths, decoded, splits, judged)
+    stability = read_stability(file.with_name(STABILITY))
+    return Material(model, info, metrics, history, config, widths, decoded, splits, judged, stability)
 
 
 def _judge(
@@ -99,8 +103,9 @@ def _judge(
 ) -> Evaluation | None:  # fmt: skip
     if not splits.test:
         return None
+    wanted = _accuracy(metrics)
     judged = evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
-    wanted, got = metrics["accuracy"]["value"], judged.estimates["accuracy"].value
+    got = judged.estimates["accuracy"].value
     if abs(wanted - got) > max(
         SAME, 1.5 / len(splits.test)
     ):  # one image near a probability of 0.5 may change sides
@@ -111,10 +116,19 @@ def _judge(
     return judged
 
 
+def _accuracy(metrics: Mapping[str, Any]) -> float:
+    try:
+        return float(metrics["accuracy"]["value"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            "metrics.json has no accuracy, and there are test images; fit the model again"
+        ) from error
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
     """Return what a metrics.json holds, if a report can be made of it. Raises ArtifactError."""
     try:
-        metrics = dict(json.loads(path.read_text(encoding="utf-8")))
+        metrics = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"cannot read {path} ({one_line(error)}); fit the model again") from error
     missing = sorted(WANTED - metrics.keys())
@@ -125,11 +139,34 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _read_history(path: Path) -> list[dict[str, Any]]:
+def read_stability(path: Path) -> dict[str, Any] | None:
+    """Return what a stability.json holds, or None where there is none. Raises ArtifactError."""
+    if not path.exists():
+        return None
+    try:
+        found = dict(read_json(path))
+        for name in ("channels", "maps"):
+            found[name] = {key: float(found[name][key]) for key in ("mean", "least", "most", "chance")}
+        for name in ("runs", "images", "seen", "answers", "spread"):
+            found[name] = float(found[name])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"cannot read {path} ({one_line(error)}); remove it, or run chanscale stability"
+        ) from error
+    return found
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a history.csv, numbers as such. Raises ArtifactError."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [{name: _parse(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, csv.Error) as error:
+    except (
+        OSError,
+        csv.Error,
+        ValueError,
+        TypeError,
+    ) as error:  # ValueError: no UTF-8; TypeError: a short row
         raise ArtifactError(f"cannot read {path} ({one_line(error)}); fit the model again") from error
 
 
