@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from chanscale.classifier import class_weights, classification_loss, probabilities
+from chanscale.data.loading import decode_images
 from chanscale.data.splits import Splits
+from chanscale.evaluation import predict
 from chanscale.learning import Learner, cosine, fit_intercept, merit
 from chanscale.pipeline import scale_and_select, warn_of_imbalance
 from chanscale.progress import Watcher
-from networks import build_classifier, plain_trunk, randomise
+from networks import plain_trunk, randomise
 from tiny_fits import tiny_classifier, tiny_config, tiny_images
 
 
@@ -87,18 +89,24 @@ def test_without_it_the_loss_is_the_mean() -> None:
     assert learner.backward(model, batch, epoch=0, done=0) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_more_than_two_classes_get_the_odds_of_the_training_images_back() -> None:
-    """With p(x | k) fixed, weighing classes alike takes log n_k off the logits."""
-    images, own = tiny_images(), tiny_images().images
-    records = tuple(replace(record, label=i % 3 if i < 6 else 0) for i, record in enumerate(own.records))
-    images.images = replace(own, classes=("a", "b", "c"), records=records)
-    model = build_classifier(randomise(plain_trunk((4, 4, 4))), classes=("a", "b", "c"))
-    splits = Splits(train=tuple(range(24)), validation=tuple(range(24, 40)), test=())
-    before = model.head.linear.bias.detach().clone()
-    Learner(images, splits, tiny_config(balance=True), Watcher()).centre(model)
-    shift = model.head.linear.bias.detach() - before
-    odds = torch.tensor([20.0, 2.0, 2.0]).log()
-    torch.testing.assert_close(shift - shift[0], odds - odds[0])
+def test_a_rare_one_of_three_classes_keeps_its_prevalence_when_it_is_weighed() -> None:
+    rng, images = np.random.default_rng(0), tiny_images(120)
+    labels = np.where(np.arange(120) % 10 == 0, 2, np.where(np.arange(120) % 10 < 4, 1, 0))
+    own = [
+        replace(
+            record, label=int(label), pixels=rng.integers(0, 200 + 25 * int(label), (32, 32)).astype(np.uint8)
+        )
+        for record, label in zip(images.images.records, labels, strict=True)
+    ]
+    data = replace(images.images, classes=("a", "b", "c"), records=tuple(own))
+    run = scale_and_select(
+        randomise(plain_trunk((8, 16, 16))), data, config=tiny_config(balance=True, test=0.0, calibrate=False)
+    )
+    decoded = decode_images(data, image_size=32)
+    scores, _ = predict(run.model, decoded, range(120))
+    prevalence = np.bincount(labels) / 120
+    # The intercepts are fitted on 18 validation images, of which 2 are rare.
+    assert scores.mean(0) == pytest.approx(prevalence, abs=0.06)
 
 
 def test_equal_classes_are_weighed_as_they_were() -> None:

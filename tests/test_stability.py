@@ -164,3 +164,16 @@ def test_a_damaged_file_is_one_line(runs, tmp_path, capsys, content):
     line = error_of(capsys, ["report", tmp_path / "run", f"--images={data}"])
     assert STABILITY in line
     assert "chanscale stability" in line
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_refused(runs, capsys, tmp_path):
+    first, _, data = runs
+    shutil.copytree(first, tmp_path / "other")
+    config = (tmp_path / "other" / "config.yaml").read_text().replace("augment: true", "augment: false")
+    (tmp_path / "other" / "config.yaml").write_text(config)
+    line = error_of(capsys, ["stability", first, tmp_path / "other", f"--images={data}"])
+    assert "differ in their seed alone" in line
+    assert "augment" in line
+    assert "3 are named" in error_of(
+        capsys, ["stability", first, first, tmp_path / "other", f"--images={data}"]
+    )

@@ -93,17 +93,14 @@ class Learner:
         auc = mean_auc(probabilities(logits).cpu().numpy(), labels.cpu().numpy())
         return {"validation_loss": float(classification_loss(logits, labels).mean()), "validation_auc": auc}
 
-    def centre(self, model: Classifier, *, weighed: bool = True) -> None:
+    def centre(self, model: Classifier) -> None:
         """Move the intercept of the head, in place, to where the validation images have the least loss, in fp32.
 
         The epoch is chosen by AUC; what is called positive, at a probability of 0.5, needs an intercept. With more
         than two classes none is fitted: the intercepts then decide which class wins, and change the AUC too. But where
-        the loss was `weighed` by class, they give back what that did to the odds (Saerens et al. 2002, eq. 2.4).
+        the loss was weighed by class, they have to be: the odds are no longer those of the images.
         """
-        if model.head.linear.out_features > 1:
-            if weighed and self.config.balance:
-                with torch.no_grad():
-                    model.head.linear.bias.sub_(self.weights.log().to(model.head.linear.bias))
+        if model.head.linear.out_features > 1 and not self.config.balance:
             return
         shift = fit_intercept(*self._validation_logits(model))
         with torch.no_grad():

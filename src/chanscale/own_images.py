@@ -1,11 +1,13 @@
 """The images that a run was made of, opened again, and which of them it was trained on."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from chanscale.artifact import ModelInfo
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet, open_images
-from chanscale.data.splits import Splits, read_names, read_splits
+from chanscale.data.splits import Splits, read_groups, read_names, read_splits, read_training_names
 from chanscale.errors import ArtifactError
 
 
@@ -21,11 +23,28 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
     images = open_images(
         path, group_pattern=options.group_pattern, classes=info.classes, frames=options.frames
     )
+    images = _less_outer_test(images, file.parent)
+    groups = read_groups(splits)
     if options.skip_bad:  # the split names those alone that could be read
-        known = read_names(splits)
-        left_out = [record.name for record in images.records if record.name not in known]
+        left_out = [record.name for record in images.records if record.name not in groups]
         images = images.without(left_out) if left_out else images
+    images = _regroup(images, groups)
     return images, read_splits(splits, images)
+
+
+def _less_outer_test(images: ImageSet, run: Path) -> ImageSet:
+    """Return the images without those that a cross-validation, one of whose folds this run is, kept from all folds."""
+    outer = run.parent.parent / "splits.csv"
+    if run.parent.name != "runs" or not outer.is_file():
+        return images
+    kept_out = read_names(outer) - read_training_names(outer)
+    return replace(images, records=tuple(record for record in images.records if record.name not in kept_out))
+
+
+def _regroup(images: ImageSet, groups: Mapping[str, str]) -> ImageSet:
+    """Return the images with the patients that the run knew: of an `ImageSet`, no option tells them."""
+    records = tuple(replace(record, group=groups.get(record.name, record.group)) for record in images.records)
+    return replace(images, records=records)
 
 
 def judged_images(splits: Splits) -> tuple[int, ...]:

@@ -27,5 +27,5 @@ def train_head(
         fit_head(probed, features, labels, c=strength)
         tried.append({"c": strength, **learner.validate(probed)})
     fit_head(probed, features, labels, c=max(tried, key=merit)["c"])
-    learner.centre(probed, weighed=False)
+    learner.centre(probed)
     return probed, mark_chosen(tried)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from chanscale.data.dicom import name_file
 from chanscale.data.readers import Side
 from chanscale.data.sources import ImageSet
 from chanscale.errors import ArtifactError, SplitError, clip, one_line
@@ -114,9 +115,17 @@ def read_names(path: Path) -> frozenset[str]:
     return frozenset(_read_rows(path))
 
 
+def read_groups(path: Path) -> dict[str, str]:
+    """Return the patient of each image that a file of `write_splits` has, by its name. Raises ArtifactError."""
+    return {name: row["group"] for name, row in _read_rows(path).items()}
+
+
 def read_training_names(path: Path) -> frozenset[str]:
-    """Return the images that a file of `write_splits` has as train or validation. Raises ArtifactError."""
-    return frozenset(name for name, row in _read_rows(path).items() if row["split"] != "test")
+    """Return the images that a file of `write_splits` has as train or validation; of frames, the name of the file.
+
+    Look an image up by its `name_file`: whoever took the first frame has seen the file. Raises ArtifactError.
+    """
+    return frozenset(name_file(name) for name, row in _read_rows(path).items() if row["split"] != "test")
 
 
 def _draw(

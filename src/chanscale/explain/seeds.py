@@ -10,6 +10,8 @@ import torch
 
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier, probabilities
+from chanscale.config import FitConfig
+from chanscale.data.dicom import name_file
 from chanscale.data.loading import BatchLoader, decode_images
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import read_training_names
@@ -21,6 +23,11 @@ from chanscale.explain.training_maps import decompose_mean, survey_training
 from chanscale.files import to_json, write_atomically
 from chanscale.own_images import open_own_images
 from chanscale.report_page.material import find_widths, read_metrics
+
+IDLE = frozenset(
+    {"seed", "workers", "cache_gib", "weights", "device", "calibrate", "sensitivity", "coverage"}
+)
+"""Options in which runs may differ that differ in their seed."""
 
 SIDE = 28
 """Pixels of the square that maps of different sizes are brought to."""
@@ -34,7 +41,8 @@ class Stability:
 
     `layers`: the agreement on channels in each layer that any run keeps channels of. `images`: test images of the
     first run, of which `seen` are such that another was trained on them. `answers`: the share of images that all runs
-    give one class; `spread`: the standard deviation of an image's probability over the runs, on average.
+    give one class; `spread`: the standard deviation over the runs of the probability of the class that the first names,
+    on average.
     """
 
     runs: tuple[str, ...]
@@ -74,8 +82,10 @@ def measure_stability(
     Raises ConfigError, ArtifactError, DataError, ModelError.
     """
     files = [model_path(Path(run)) for run in runs]
-    if len({file.resolve() for file in files}) < 2:
-        raise ConfigError(f"wanted two runs or more that differ in their seed, got {len(set(files))}")
+    if (count := len({file.resolve() for file in files})) < max(2, len(files)):
+        raise ConfigError(
+            f"wanted two runs or more that differ in their seed, got {count}: {len(files)} are named"
+        )
     loaded = [_load(file) for file in files]
     _require_alike(files, [info for _, info in loaded])
     images, splits = open_own_images(Path(data), files[0], loaded[0][1])
@@ -102,13 +112,26 @@ def _load(file: Path) -> tuple[Classifier, ModelInfo]:
 
 
 def _require_alike(files: Sequence[Path], infos: Sequence[ModelInfo]) -> None:
-    first = infos[0]
+    """Raise ConfigError unless the runs have one network, one task, and options that differ in the seed alone."""
+    first, options = infos[0], [_read_options(file) for file in files]
+    for file, own in zip(files, options, strict=True):
+        if other := sorted(name for name in own if own[name] != options[0][name]):
+            name = other[0]
+            raise ConfigError(
+                f"wanted runs that differ in their seed alone, got {name}={options[0][name]!r} in {files[0].parent} "
+                f"and {own[name]!r} in {file.parent}"
+            )
     for file, info in zip(files, infos, strict=True):
         if (info.backbone, info.classes) != (first.backbone, first.classes):
             raise ConfigError(
                 f"wanted runs that differ in their seed alone, got {first.network} for {', '.join(first.classes)} in "
                 f"{files[0].parent} and {info.network} for {', '.join(info.classes)} in {file.parent}"
             )
+
+
+def _read_options(file: Path) -> dict[str, Any]:
+    options = FitConfig.read(file.with_name("config.yaml")).model_dump()
+    return {name: value for name, value in options.items() if name not in IDLE}
 
 
 @torch.no_grad()
@@ -146,7 +169,7 @@ def _compare(files: Sequence[Path], answers: Sequence[_Answers], shown: ImageSet
         images=len(shown),
         seen=_count_seen(files, shown),
         answers=float(np.mean((classes == classes[0]).all(0))),
-        spread=float(shares[..., -1].std(0).mean()),
+        spread=float(np.take_along_axis(shares, classes[:1, :, None], 2).std(0, ddof=1).mean()),
     )
 
 
@@ -158,7 +181,7 @@ def _find_widths(file: Path, info: ModelInfo) -> Mapping[str, int]:
 
 def _count_seen(files: Sequence[Path], shown: ImageSet) -> int:
     seen = frozenset().union(*(read_training_names(file.with_name("splits.csv")) for file in files))
-    return sum(record.name in seen for record in shown.records)
+    return sum(name_file(record.name) in seen for record in shown.records)
 
 
 def _step(progress: Progress | None, number: int, count: int) -> Callable[[int, int], None] | None:
