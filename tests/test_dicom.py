@@ -1,5 +1,6 @@
 """DICOM to pixels: against the standard's formulas, pydicom's own rendering, and files that are broken."""
 
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -330,6 +331,7 @@ def test_a_frame_has_the_window_of_its_functional_group(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"Rows": None}, "got a header without Rows"), ({"BitsStored": 32}, "got 32 bits"),
+     ({"HighBit": 11}, "got 8 bits of which the highest is bit 11, not 7"),
      ({"PixelData": None}, "got a DICOM file without pixels"), ({"SamplesPerPixel": 2}, "2 channels of another kind"),
      ({"PhotometricInterpretation": "HSV"}, "of another kind"), ({"SamplesPerPixel": 3}, "3 channels of another kind"),
      ({"NumberOfFrames": 9}, "cannot be decoded"),
@@ -372,6 +374,23 @@ def test_what_is_deflated_does_not_grow_without_bounds(tmp_path, monkeypatch):
     assert read(path).shape == (1, 32, 32)
     monkeypatch.setattr(reader, "_MAX_INFLATED", 100)
     assert "got more, deflated: a decompression bomb" in message(path)
+
+
+def test_a_deflated_file_is_listed_without_growing_without_bounds(tmp_path, monkeypatch):
+    pixels = np.zeros((2048, 2048), np.uint8)
+    path = write(
+        tmp_path / "a.dcm", pixels, bits=8, compression=DeflatedExplicitVRLittleEndian, PatientID="P1"
+    )
+    assert path.stat().st_size < 10_000
+    assert reader.read_header(path) == reader.Header("P1", 1, 1)
+    # Three chunks of 1 MiB are held at the most where 4 MiB are refused; pydicom would hold them all.
+    monkeypatch.setattr(reader, "_MAX_INFLATED", 2**21)
+    tracemalloc.start()
+    try:
+        assert reader.read_header(path) is None
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind" * 20, b"\x08\x00" + b"\xff" * 400,

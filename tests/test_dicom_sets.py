@@ -238,6 +238,25 @@ def test_each_frame_can_be_an_image_of_the_same_patient(tmp_path):
     assert np.abs(pixels[:, 0].numpy() * 4095 - stack).max() < 0.1
 
 
+def test_images_that_a_run_has_seen_are_pointed_out_whichever_frames_were_taken(
+    tmp_path, monkeypatch, capsys
+):
+    tiny_backbone.register(monkeypatch.setitem, monkeypatch.setattr)
+    for patient in range(24):
+        stack = np.stack([film(patient % 2, seed=patient * 2 + frame) for frame in range(2)])
+        write(tmp_path / "data" / "ab"[patient % 2] / f"{patient:02}.dcm", stack, bits=12)
+    for fitted, judged in (("all", "first"), ("first", "all")):
+        run = tmp_path / fitted
+        assert cli.run(["fit", str(tmp_path / "data"), "--out", str(run), "--frames", fitted, *OPTIONS]) == 0
+        rows = csv.DictReader((run / "splits.csv").read_text().splitlines())
+        files = {row["name"].partition("#")[0] for row in rows if row["split"] != "test"}
+        capsys.readouterr()
+        assert cli.run(["evaluate", str(run), str(tmp_path / "data"), "--frames", judged]) == 0
+        seen, of = (len(files), 24) if judged == "first" else (2 * len(files), 48)
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"names {seen} of these {of} images as train or validation" in said
+
+
 # --- sources side by side
 
 

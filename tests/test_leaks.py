@@ -21,6 +21,9 @@ from chanscale.leaks.findings import write_groups
 from chanscale.leaks.search import leaks_of_fit
 from chanscale.leaks.thumbnails import SIDE
 from chanscale.leaks.twins import SURE, find_twins
+from chanscale.pipeline import note_leaks
+from chanscale.progress import Watcher
+from dicom_files import write
 from test_cli import OPTIONS, draw
 
 SIZE = 128
@@ -173,6 +176,87 @@ def test_the_table_joins_twins_and_their_patients_and_fit_takes_it(tmp_path):
     assert len(set(groups.values())) == 6
 
 
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    named = {row["path"]: row for row in rows}
+    assert len(named) == len(rows)
+    return named
+
+
+def test_the_table_names_a_group_only_where_there_is_one(tmp_path):
+    save(tmp_path / "set", base(a__copy=film(0)))
+    write_groups(find_leaks(tmp_path / "set"), tmp_path / "groups.csv")
+    groups = {path: row["group"] for path, row in read_table(tmp_path / "groups.csv").items()}
+    assert {path for path, group in groups.items() if group} == {"set/a/0_0.png", "set/a/copy.png"}
+    assert groups["set/a/0_0.png"] == groups["set/a/copy.png"]
+
+
+def test_the_table_of_images_without_patients_or_twins_knows_none_either(tmp_path):
+    save(tmp_path / "set", base())
+    write_groups(find_leaks(tmp_path / "set"), tmp_path / "groups.csv")
+    assert not open_images(tmp_path / "groups.csv").has_groups
+
+
+@pytest.mark.parametrize("table", ["all.csv", "set/../all.csv"])
+def test_the_table_of_the_images_is_not_written_over(tmp_path, table):
+    save(tmp_path / "set", base())
+    text = "path,label\n" + "\n".join(f"set/{name},{name[0]}" for name in base())
+    (tmp_path / "all.csv").write_text(text)
+    with pytest.raises(ConfigError, match="is the table of the images itself"):
+        find_leaks(tmp_path / "all.csv", table=tmp_path / table)
+    with pytest.raises(ConfigError, match="is the table of the images itself"):
+        write_groups(find_leaks(tmp_path / "all.csv"), tmp_path / table)
+    assert (tmp_path / "all.csv").read_text() == text
+
+
+def test_single_images_are_no_two_patients(tmp_path):
+    rows = [f"{name},{name[0]},{'me' if name == 'a/0_0.png' else ''}" for name in base(a__copy=film(0))]
+    save(tmp_path, base(a__copy=film(0)))
+    (tmp_path / "all.csv").write_text("path,label,group\n" + "\n".join(rows))
+    assert find_leaks(tmp_path / "all.csv").pairs[0].kinds == ("duplicate",)
+
+
+# --- frames of one file
+
+
+@pytest.fixture
+def reels(tmp_path) -> Path:
+    """Four files of two frames, which are alike; the second frame of one is that of another, of the other class."""
+    for file in range(4):
+        first = np.asarray(film(file))
+        second = np.asarray(film(0)) if file == 3 else np.asarray(as_jpeg(film(file), 90))
+        write(tmp_path / "reels" / "ab"[file % 2] / f"{file}.dcm", np.stack([first, second]), bits=8)
+    return tmp_path / "reels"
+
+
+def test_frames_of_one_file_are_no_pair(reels):
+    assert names(find_leaks(reels)) == []
+    assert names(find_leaks(reels, frames="all")) == [
+        ("a/0.dcm#1", "b/3.dcm#2"), ("a/0.dcm#2", "b/3.dcm#2"),
+    ]  # fmt: skip
+    assert find_leaks(reels, frames="all").count("two patients") == 0
+
+
+def test_a_fit_warns_of_frames_as_the_command_shows_them(reels, caplog):
+    images = decode_images(open_images(reels, frames="all"), image_size=96, workers=0)
+    assert note_leaks(images, Splits((0, 1, 2, 3), (), (4, 5, 6, 7)), Watcher())["pairs"] == 2
+    assert "`chanscale leaks --frames all` names them" in caplog.text
+
+
+def test_the_command_takes_frames(reels, capsys):
+    assert run(reels) == 0
+    capsys.readouterr()
+    assert run(reels, "--frames", "all", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["pairs"] == 2
+
+
+def test_the_table_has_a_row_for_a_file_of_several_frames(reels):
+    write_groups(find_leaks(reels, frames="all"), reels / "groups.csv")
+    groups = {path: row["group"] for path, row in read_table(reels / "groups.csv").items()}
+    assert groups == {"a/0.dcm": "a/0.dcm", "a/2.dcm": "", "b/1.dcm": "", "b/3.dcm": "a/0.dcm"}
+    assert len(open_images(reels / "groups.csv", frames="all")) == 8
+
+
 # --- the command
 
 
@@ -243,6 +327,11 @@ def test_an_npz_has_no_files_for_a_table(tmp_path):
 def test_a_run_and_a_pattern_contradict_each_other(tmp_path):
     with pytest.raises(ConfigError, match="knows its patients"):
         find_leaks(tmp_path, run=tmp_path, group_pattern="x")
+
+
+def test_a_run_and_frames_contradict_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="knows its frames"):
+        find_leaks(tmp_path, run=tmp_path, frames="all")
 
 
 def test_a_missing_set_is_an_error(tmp_path):

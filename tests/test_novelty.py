@@ -174,10 +174,19 @@ def test_a_near_tie_is_one_within_the_margin(fitted):
 def test_a_program_is_judged_by_its_pixels_alone(phantoms):
     model = tiny_model()
     program = Program(model, model.classes, channels=1, image_size=32)
-    assert find_layers(program) == ()
+    assert find_layers(program, torch.zeros(1, 1, 32, 32)) == ()
     detector = fit_novelty(program, as_images(phantoms[:80]), SPLITS)
     verdicts = detector.judge(program, as_images([255 - array for array in phantoms[80:]])).verdicts
     assert np.mean([verdict.flagged for verdict in verdicts]) >= 0.9
+
+
+def test_a_layer_that_is_never_called_is_not_watched(phantoms):
+    trunk = TinyTrunk()
+    trunk.spare = torch.nn.Conv2d(3, 4, 1)
+    model = attach(build_classifier(trunk)).eval()
+    layers = find_layers(model, torch.zeros(1, 1, 32, 32))
+    assert layers == find_layers(tiny_model(), torch.zeros(1, 1, 32, 32)) != ()
+    assert fit_novelty(model, as_images(phantoms[:80]), SPLITS).layers == layers
 
 
 def test_no_hook_stays_on_the_model(fitted, phantoms):

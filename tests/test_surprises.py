@@ -4,14 +4,17 @@ import csv
 import io
 import json
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from chanscale import cli, load_model
+from chanscale import FitConfig, cli, load_model, pipeline, runs, scale_and_select
 from chanscale.novelty.storage import NOVELTY, find_novelty
+from chanscale.pipeline import MOST_SEARCHED, note_leaks
 from chanscale.predictions import UNCERTAIN, predict_images
+from chanscale.progress import Watcher
 from test_cli import OPTIONS, draw, error_of, words
 from test_export import make_run
 
@@ -128,5 +131,50 @@ def test_fit_warns_of_an_image_that_is_there_twice(tmp_path, made, caplog):
     assert "chanscale leaks" in caplog.text
 
 
-def test_fit_is_silent_where_all_images_differ(made, tmp_path, caplog):
-    assert json.loads((made[0] / "metrics.json").read_text())["leaks"]["pairs"] == 0
+def test_fit_is_silent_where_all_images_differ(tmp_path, made, caplog):
+    data, run = draw(tmp_path / "images"), tmp_path / "run"
+    assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS]) == 0
+    assert json.loads((run / "metrics.json").read_text())["leaks"]["pairs"] == 0
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("chanscale")] == []
+
+
+def test_twins_are_not_sought_unasked_among_very_many_images(monkeypatch):
+    monkeypatch.setattr(pipeline, "leaks_of_fit", lambda images, *_, **__: ({"pairs": len(images)}, None))
+    assert MOST_SEARCHED <= 5_000
+    assert note_leaks(range(MOST_SEARCHED), None, Watcher()) == {"pairs": MOST_SEARCHED}
+    assert note_leaks(range(MOST_SEARCHED + 1), None, Watcher()) is None
+
+
+@pytest.mark.parametrize("failing", ["fit_novelty", "save_novelty"])
+def test_a_failure_of_the_detector_keeps_the_run(made, tmp_path, monkeypatch, caplog, failing):
+    def fail(*_, **__):
+        raise ValueError("Input contains\nNaN")
+
+    monkeypatch.setattr(runs, failing, fail)
+    data, run = made[1], tmp_path / "run"
+    assert cli.run(["fit", str(data), "--out", str(run), *OPTIONS]) == 0
+    assert load_model(run)[1].classes == ("clear", "spot")
+    assert not (run / NOVELTY).exists()
+    assert json.loads((run / "metrics.json").read_text())["novelty"] == {
+        "reason": "ValueError: Input contains NaN"
+    }
+    assert f"no {NOVELTY} was written (ValueError: Input contains NaN)" in caplog.text
+
+
+def test_the_detector_tells_how_far_it_is(tmp_path, made):
+    class Listener(Watcher):
+        steps: ClassVar[list] = []
+
+        def on_step(self, what, done, total):
+            self.steps.append((what, done, total))
+
+    config = FitConfig(
+        backbone="tiny", image_size=32, budget=0.5, round_to=1, scale_epochs=1, refine_epochs=0,
+        precision="32-true", batch_size=8, micro_batch=8, workers=0, group_pattern=r"^(\d+)_",
+    )  # fmt: skip
+    scale_and_select("tiny", made[1], config=config, out=tmp_path / "run", watcher=Listener())
+    heard = [
+        (done, total) for what, done, total in Listener.steps if what == "learning which images are usual"
+    ]
+    assert heard
+    assert all(0 < done <= total for done, total in heard)

@@ -161,7 +161,7 @@ def predict(
     detector = find_novelty(run_folder)
     if abstain and detector is None:
         raise ConfigError(
-            f"{run_folder} has no {NOVELTY}, which --abstain needs; fit it again, or leave it out"
+            f"{run_folder} has no {NOVELTY}, which --abstain needs: an average of models has none, nor an older run"
         )
     with watching() as watcher:
         predictions = predict_images(
@@ -327,6 +327,7 @@ def require_outside(data: Path, out_folder: Path) -> None:
 def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
     """Return the test images, where the source says which they are; warn of those that the run has seen."""
     from chanscale.data import read_training_names
+    from chanscale.data.dicom import name_file
 
     test = images.on_side("test")
     if test is not None and len(test) < len(images):
@@ -334,7 +335,7 @@ def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
         images = test
     splits = (run_folder if run_folder.is_dir() else run_folder.parent) / "splits.csv"
     seen = read_training_names(splits) if splits.exists() else frozenset()
-    count = sum(record.name in seen for record in images.records)
+    count = sum(name_file(record.name) in seen for record in images.records)
     if count:
         complain(
             f"warning: {splits} names {count} of these {len(images)} images as train or validation; "

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chanscale.cli_options import DataArgument, JsonOption, SkipOption
+from chanscale.cli_options import DataArgument, FramesOption, JsonOption, SkipOption
 from chanscale.display import complain, describe_rows, out, say, show_json, watching
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def leaks(
     data: DataArgument,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="A run of these images: its sides, and its patients, count."),
+        typer.Option(metavar="RUN", help="A run of these images: its sides, patients and frames count."),
     ] = None,
     group_pattern: Annotated[
         str | None,
@@ -34,6 +34,7 @@ def leaks(
             help="CSV to write, above the images, for fit: it puts twins, and their patients, in one group.",
         ),
     ] = None,
+    frames: FramesOption = "first",
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -50,8 +51,9 @@ def leaks(
         require_writable(table)
     with watching() as watcher:
         found = find_leaks(
-            data, run=run, group_pattern=group_pattern, skip_bad=skip_bad, table=table, watcher=watcher
-        )
+            data, run=run, group_pattern=group_pattern, frames=frames, skip_bad=skip_bad, table=table,
+            watcher=watcher,
+        )  # fmt: skip
     if table is not None:
         write_groups(found, table)
         complain(f"wrote {table}")

@@ -46,8 +46,8 @@ from chanscale.wording import NOTICE
 RARE = 5
 """How many times more images the commonest class has, from which on that is worth a word."""
 
-MOST_SEARCHED = 20_000
-"""Images among which twins are sought unasked: the time grows with the square, to some minutes here."""
+MOST_SEARCHED = 5_000
+"""Images among which twins are sought unasked: the time grows with the square, and most where all look alike."""
 
 _log = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ def _run(
     }
     if folder:
         info = folder.finish(
-            Material(best.model, info, metrics, state.history, config, widths(whole), images, splits, judged)
+            Material(best.model, info, metrics, state.history, config, widths(whole), images, splits, judged),
+            progress=partial(watcher.on_step, "learning which images are usual"),
         )
     elif info.rebuilt_by == "program":
         info = replace(info, rebuilt_by="network")  # no program was written
@@ -202,7 +203,8 @@ def note_leaks(images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[
         return None
     figures, warning = leaks_of_fit(images, splits, watcher=watcher)
     if warning:
-        _log.warning("%s; `chanscale leaks` names them", warning)
+        frames = any(record.frame for record in images.images.records)
+        _log.warning("%s; `chanscale leaks%s` names them", warning, " --frames all" if frames else "")
     return figures
 
 

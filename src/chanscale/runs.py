@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from chanscale.artifact import ModelInfo, load_model, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
+from chanscale.data.loading import Progress
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
 from chanscale.depth import WHOLE, Depth
 from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError, one_line
 from chanscale.files import claiming, read_json, to_json, write_atomically
+from chanscale.novelty.detector import Verdict
 from chanscale.novelty.fitting import fit_novelty
-from chanscale.novelty.storage import save_novelty
+from chanscale.novelty.storage import NOVELTY, save_novelty
 from chanscale.programs import PROGRAM, save_program
 from chanscale.report import write_history, write_plots
 from chanscale.report_page.material import Material
@@ -101,10 +103,11 @@ class RunFolder:
         """Save `state` and `notes`, so that the run can go on after any interruption."""
         save_checkpoint(state, notes, self._checkpoint)
 
-    def finish(self, run: Material) -> ModelInfo:
+    def finish(self, run: Material, *, progress: Progress | None = None) -> ModelInfo:
         """Write the model, the figures, the plots and the report, and move the folder to its place.
 
-        Returns what the model's file says, with what it can be rebuilt by.
+        `progress` hears of the images that the detector of unusual ones reads. Returns what the model's file says, with
+        what it can be rebuilt by.
         """
         info, metrics = run.info, run.metrics
         assert isinstance(run.model, Classifier)  # as everything that was trained is
@@ -113,7 +116,7 @@ class RunFolder:
         metrics["rebuilt_by"] = info.rebuilt_by
         path = save_model(run.model, info, self.partial / "model.safetensors")
         metrics["bytes"]["model"] = path.stat().st_size
-        metrics["novelty"] = self._detect(run)
+        metrics["novelty"] = self._detect(run, progress)
         write_atomically(self.partial / "metrics.json", to_json(metrics) + "\n")
         write_history(self.partial / "history.csv", run.history)
         write_plots(self.partial, run.history, run.widths, info.widths, metrics)
@@ -134,23 +137,24 @@ class RunFolder:
             return replace(info, rebuilt_by="network")
         return replace(info, program=digest)
 
-    def _detect(self, run: Material) -> dict[str, Any]:
+    def _detect(self, run: Material, progress: Progress | None) -> dict[str, Any]:
         """Write what tells images unlike those of training, where they are enough; return what metrics.json says."""
         try:
             # As it will be loaded: the hooks of training apply a ReLU with the scale, and show other features.
             model, _ = load_model(self.partial)
-            detector = fit_novelty(model, run.images, run.splits)
+            detector = fit_novelty(model, run.images, run.splits, progress=progress)
+            told = {"rate": detector.rate, "margin": detector.margin, "images": len(detector.usual)}
+            if run.splits.test:
+                judged = detector.judge(model, run.images, run.splits.test, progress=progress)
+                told |= _count_verdicts(judged.verdicts)
+            save_novelty(detector, self.partial)
         except (ArtifactError, DataError) as error:  # the first of a network that no name rebuilds
             return {"reason": one_line(error)}
-        save_novelty(detector, self.partial)
-        told = {"rate": detector.rate, "margin": detector.margin, "images": len(detector.usual)}
-        if not run.splits.test:
-            return told
-        verdicts = detector.judge(model, run.images, run.splits.test).verdicts
-        return told | {
-            "test_flagged": sum(verdict.flagged for verdict in verdicts) / len(verdicts),
-            "test_near_ties": sum(verdict.near_tie for verdict in verdicts) / len(verdicts),
-        }
+        except Exception as error:  # whatever it is, a trained model is not lost for a detector beside it
+            reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+            _log.warning("no %s was written (%s); predict will flag no image", NOVELTY, reason)
+            return {"reason": reason}
+        return told
 
     def _report(self, run: Material) -> None:
         try:
@@ -192,3 +196,11 @@ class RunFolder:
                 f"{self.partial} was begun with {name}={getattr(begun, name)!r}, not {getattr(self.config, name)!r}; "
                 f"resume with the same options"
             )
+
+
+def _count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Return the shares of the test images that are flagged, and that are near ties."""
+    return {
+        "test_flagged": sum(verdict.flagged for verdict in verdicts) / len(verdicts),
+        "test_near_ties": sum(verdict.near_tie for verdict in verdicts) / len(verdicts),
+    }

@@ -192,6 +192,14 @@ def test_the_images_that_train_and_choose_are_told(tmp_path: Path) -> None:
     assert read_training_names(tmp_path / "splits.csv") == {"0/0.png", "1/1.png"}
 
 
+def test_frames_that_train_and_choose_are_told_by_their_file(tmp_path: Path) -> None:
+    images = make_set([0, 1, 0])
+    names = ("0/a.dcm#1", "1/b.dcm#12", "0/c.dcm#2")
+    records = [replace(record, name=name) for record, name in zip(images.records, names, strict=True)]
+    write_splits(tmp_path / "splits.csv", replace(images, records=tuple(records)), Splits((0,), (1,), (2,)))
+    assert read_training_names(tmp_path / "splits.csv") == {"0/a.dcm", "1/b.dcm"}
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         write_splits(tmp_path / "splits.csv", make_set([0, 1]), Splits((0,), (), ()))

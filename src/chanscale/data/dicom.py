@@ -10,7 +10,7 @@ import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ _QUIET = ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls")
 _QUIET_MODULES = rf"({'|'.join(_QUIET)})(\.|$)"
 _QUIET_FILTER = ("ignore", None, Warning, re.compile(_QUIET_MODULES), 0)
 _MAX_INFLATED = 2**30
+_CHUNK = 2**20  # bytes, to read and to unpack at a time
+_FRAME = re.compile(r"#[1-9]\d*\Z")
 _LISTED = ("PatientID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
 
 
@@ -66,6 +68,11 @@ class Header:
 def name_frame(name: str, number: int) -> str:
     """Return what a frame of the file `name` is called: `film.dcm#2`."""
     return f"{name}#{number}"
+
+
+def name_file(name: str) -> str:
+    """Return the name of the file that an image is of: `film.dcm` for `film.dcm#2`, and for itself."""
+    return _FRAME.sub("", name)
 
 
 def is_dicom(path: Path, head: bytes) -> bool:
@@ -97,6 +104,7 @@ def read_header(path: Path) -> Header | None:
         if not is_dicom(path, _read_head(path)):
             return None
         with path.open("rb") as file:
+            _refuse_inflated(file)
             dataset = _parse(file, stop_before_pixels=True, specific_tags=list(_LISTED))
         _complete(dataset)
         patient = str(dataset.get("PatientID") or "").strip()
@@ -134,8 +142,9 @@ def _decode(data: bytes, index: int) -> NDArray[np.uint16]:
             f"{_WANTED}, got something else, whatever the name says. Convert it, or remove it."
         )
     register()
-    _refuse_inflated(data)
-    dataset = _parse(io.BytesIO(data))
+    file = io.BytesIO(data)
+    _refuse_inflated(file)
+    dataset = _parse(file)
     _refuse(dataset, index)
     check_size(dataset, index)
     return to_levels(np.asarray(pixel_array(dataset, index=index)), dataset, frame=index)
@@ -203,6 +212,11 @@ def _refuse(dataset: "Dataset", index: int) -> None:
     bits, samples, frames = dataset.BitsStored, dataset.SamplesPerPixel, _count_frames(dataset)
     if not bits or not 1 <= bits <= 16:
         raise UnreadableImageError(f"{_WANTED}, got {bits or 'no number of'} bits. Convert it, or remove it.")
+    if dataset.get("HighBit") not in (None, "", bits - 1):  # the decoders take the low bits
+        raise UnreadableImageError(
+            f"{_WANTED}, got {bits} bits of which the highest is bit {dataset.HighBit}, not {bits - 1}. "
+            "Convert it, or remove it."
+        )
     if samples != _SAMPLES.get(dataset.PhotometricInterpretation):
         raise UnreadableImageError(
             f"{_WANTED}, got {samples} channels of another kind. Convert it to grey or RGB."
@@ -218,21 +232,28 @@ def _refuse(dataset: "Dataset", index: int) -> None:
         )
 
 
-def _refuse_inflated(data: bytes) -> None:
-    """Stop at a deflated data set that would grow without bounds; pydicom would unpack it whole."""
+def _refuse_inflated(file: BinaryIO) -> None:
+    """Stop at a deflated data set that would grow without bounds, as pydicom unpacks it whole; else go to the start."""
     from pydicom.filereader import read_dataset
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    if data[_MAGIC] != b"DICM" or DeflatedExplicitVRLittleEndian.encode() not in data[:2048]:
-        return
-    file = io.BytesIO(data)
-    file.seek(_MAGIC.stop)
-    read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
-    unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
-    if len(unpacking.decompress(data[file.tell() :], _MAX_INFLATED)) == _MAX_INFLATED:
-        raise UnreadableImageError(
-            f"wanted at most {_MAX_INFLATED:,} bytes, got more, deflated: a decompression bomb. Remove it."
-        )
+    head = file.read(2048)
+    if head[_MAGIC] == b"DICM" and DeflatedExplicitVRLittleEndian.encode() in head:
+        file.seek(_MAGIC.stop)
+        read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+        if _inflates_beyond(file, _MAX_INFLATED):
+            raise UnreadableImageError(
+                f"wanted at most {_MAX_INFLATED:,} bytes, got more, deflated: a decompression bomb. Remove it."
+            )
+    file.seek(0)
+
+
+def _inflates_beyond(file: BinaryIO, most: int) -> bool:
+    """Tell whether what follows in `file` is `most` bytes or more when unpacked; a chunk at a time is held."""
+    unpacking, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while size < most and not unpacking.eof and (part := unpacking.unconsumed_tail or file.read(_CHUNK)):
+        size += len(unpacking.decompress(part, _CHUNK))
+    return size >= most
 
 
 def _read_head(path: Path) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chanscale.config import Frames
-from chanscale.data.dicom import name_frame, read_header
+from chanscale.data.dicom import name_file, name_frame, read_header
 from chanscale.data.dicom_patients import load_key, rename_patient
 from chanscale.data.readers import Row, Side, read_rows
 from chanscale.errors import DataError, clip
@@ -40,6 +40,11 @@ class ImageRecord:
     pixels: NDArray[np.generic] | None = field(default=None, compare=False, repr=False)
     frame: int | None = None
     renamed: bool = False
+
+    @property
+    def has_patient(self) -> bool:
+        """Whether a patient is known, and not only the file."""
+        return self.group != (self.name if self.frame is None else name_file(self.name))
 
 
 @dataclass(frozen=True)

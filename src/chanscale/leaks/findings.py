@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,13 @@ class Findings:
 
 
 def judge_twins(images: ImageSet, sides: Sequence[Side | None], twins: Sequence[Twins]) -> Findings:
-    """Return what is wrong with these pairs of `images`; `sides` has that of each record."""
+    """Return what is wrong with these pairs of `images`; `sides` has that of each record.
+
+    Frames of one file are no pair: they look alike, and stay together.
+    """
+    twins = [
+        pair for pair in twins if not _of_one_file(images.records[pair.first], images.records[pair.second])
+    ]
     pairs = tuple(_judge(images, sides, pair) for pair in twins)
     return Findings(images, pairs, _join_groups(images, twins))
 
@@ -87,19 +94,27 @@ def judge_twins(images: ImageSet, sides: Sequence[Side | None], twins: Sequence[
 def write_groups(findings: Findings, table: Path) -> None:
     """Write a CSV of path, label and group that `fit` takes, in which twins share a group; whole or not at all.
 
-    It has no sides: those are to be drawn anew, by these groups. Raises ConfigError where the images do not lie below
-    the folder of `table`.
+    It has a row for each file, also of several frames, and no group for a file that is alone and of no known patient.
+    It has no sides: those are to be drawn anew, by these groups. Raises ConfigError as `require_paths` does.
     """
+    require_paths(findings.images, table)
+    rows = {
+        _path_below(table, record): (findings.images.classes[record.label], group, record.has_patient)
+        for record, group in zip(findings.images.records, findings.groups, strict=True)
+    }
+    files = Counter(group for _, group, _ in rows.values())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label", "group"))
-    for record, group in zip(findings.images.records, findings.groups, strict=True):
-        writer.writerow((_path_below(table, record), findings.images.classes[record.label], group))
+    for path, (label, group, has_patient) in rows.items():
+        writer.writerow((path, label, group if has_patient or files[group] > 1 else ""))
     write_atomically(table, text.getvalue())
 
 
 def require_paths(images: ImageSet, table: Path) -> None:
-    """Check that a table at this place can name the images, before the work. Raises ConfigError."""
+    """Check that a table at this place can name the images, and is not where they come from. Raises ConfigError."""
+    if table.resolve() == images.source.resolve():
+        raise ConfigError(f"{table} is the table of the images itself; name another file beside it")
     for record in images.records:
         _path_below(table, record)
 
@@ -110,9 +125,13 @@ def _judge(images: ImageSet, sides: Sequence[Side | None], pair: Twins) -> Findi
     kinds: list[Kind] = ["leak" if where[0] != where[1] else "duplicate"]
     if first.label != second.label:
         kinds.append("label conflict")
-    if images.has_groups and first.group != second.group:
+    if first.has_patient and second.has_patient and first.group != second.group:
         kinds.append("two patients")
     return Finding(first, second, where, tuple(kinds), pair.agreement, pair.mirrored, pair.inverted)
+
+
+def _of_one_file(first: ImageRecord, second: ImageRecord) -> bool:
+    return first.path is not None and first.path == second.path
 
 
 def _join_groups(images: ImageSet, twins: Sequence[Twins]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chanscale.artifact import load_model, model_path
+from chanscale.config import Frames
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.readers import Side
 from chanscale.data.sources import ImageSet, open_images
@@ -23,6 +24,7 @@ def find_leaks(
     *,
     run: Path | str | None = None,
     group_pattern: str | None = None,
+    frames: Frames = "first",
     skip_bad: bool = False,
     workers: int = 2,
     table: Path | None = None,
@@ -30,12 +32,12 @@ def find_leaks(
 ) -> Findings:
     """Return the pairs of images that show one exposure, and what they spoil.
 
-    `run`: a run folder whose sides and patients count; without, the sides are those that `data` itself gives.
+    `run`: a run folder whose sides, patients and frames count; without, the sides are those that `data` itself gives.
     `table`: where `write_groups` is to write later; checked before the work. Raises DataError, ArtifactError,
     ConfigError.
     """
     watcher = watcher or Watcher()
-    images, sides = _open(Path(data), Path(run) if run else None, group_pattern, skip_bad)
+    images, sides = _open(Path(data), Path(run) if run else None, group_pattern, frames, skip_bad)
     if table is not None:
         require_paths(images, table)
     decoded = decode_images(
@@ -71,15 +73,17 @@ def describe(found: Findings) -> str:
 
 
 def _open(
-    data: Path, run: Path | None, group_pattern: str | None, skip_bad: bool
+    data: Path, run: Path | None, group_pattern: str | None, frames: Frames, skip_bad: bool
 ) -> tuple[ImageSet, dict[str, Side | None]]:
     if run is None:
-        images = open_images(data, group_pattern=group_pattern, skip_bad=skip_bad)
+        images = open_images(data, group_pattern=group_pattern, skip_bad=skip_bad, frames=frames)
         return images, {record.name: record.split for record in images.records}
     if group_pattern is not None:
         raise ConfigError(
             f"{run} knows its patients; group_pattern={group_pattern!r} is for images without a run"
         )
+    if frames != "first":
+        raise ConfigError(f"{run} knows its frames; frames={frames!r} is for images without a run")
     images, splits = open_own_images(data, model_path(run), load_model(run)[1])
     names = [record.name for record in images.records]
     return images, {

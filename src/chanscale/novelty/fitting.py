@@ -34,7 +34,7 @@ def fit_novelty(
     there are too few images or patients to keep that rate.
     """
     train, validation = (_thin(side) for side in (splits.train, splits.validation))
-    layers = find_layers(model)
+    layers = find_layers(model, data.batch([0])[0])
     traits = read_traits(model, layers, data, [*train, *validation], progress=progress)
     groups = data.images.group_keys[np.array([*train, *validation])]
     fitted = np.arange(len(groups)) < len(train)

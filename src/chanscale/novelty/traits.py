@@ -17,7 +17,7 @@ from chanscale.data.images import FORMATS, read_image
 from chanscale.data.loading import BatchLoader, DecodedImages, Progress, source_of
 from chanscale.data.sources import ImageRecord
 from chanscale.errors import ModelError
-from chanscale.modes import device_of, hooked
+from chanscale.modes import device_of, hooked, in_eval
 from chanscale.novelty.facts import measure_facts, measure_shape
 from chanscale.novelty.gaussian import Floats
 from chanscale.novelty.thumbnails import draw_thumbnails
@@ -51,15 +51,25 @@ class Traits:
         return Traits(self.facts[rows], self.thumbnails[rows], self.features[rows], self.probabilities[rows])
 
 
-def find_layers(model: Classifier | Program) -> tuple[str, ...]:
-    """Return the names of the layers of `model` to watch: convolutions, or the trunk where there is none."""
+@torch.no_grad()
+def find_layers(model: Classifier | Program, images: Tensor) -> tuple[str, ...]:
+    """Return the names of the layers of `model` to watch: convolutions, or the trunk where there is none.
+
+    Only those that `images` (N, C, H, W) pass: a network may have layers that it never calls.
+    """
     if isinstance(model, Program):
         return ()
-    found = [name for name, module in model.trunk.named_modules() if isinstance(module, _ConvNd)]
+    names = [
+        name for name, module in model.trunk.named_modules(prefix="trunk") if isinstance(module, _ConvNd)
+    ]
+    passed: dict[str, Tensor] = {}
+    with in_eval(model), hooked(_watch(model, names, passed)):
+        model(images.to(device_of(model)))
+    found = [name for name in names if name in passed]
     if not found:
         return ("trunk",)
     places = np.unique(np.linspace(0, len(found) - 1, LAYERS).round().astype(int))
-    return tuple(f"trunk.{found[place]}" for place in places)
+    return tuple(found[place] for place in places)
 
 
 @torch.no_grad()
