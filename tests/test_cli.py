@@ -640,7 +640,8 @@ def test_predict_in_a_new_process_gives_the_same_probabilities(fitted, tmp_path)
     command = ["predict", str(fitted.run), str(image_folder), "--out", str(tmp_path / "predictions.csv")]
     subprocess.run([sys.executable, "-c", program, *command], env=environment, check=True)
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
-    assert list(rows[0]) == ["image", "predicted", "probability_clear", "probability_spot"]
+    assert list(rows[0])[:4] == ["image", "predicted", "probability_clear", "probability_spot"]
+    assert list(rows[0])[4:] == ["novelty", "flagged", "reasons", "near_tie"]
     assert [row["image"] for row in rows] == [str(path) for path in sorted(image_folder.iterdir())]
     wanted = probabilities_of(fitted.model, image_folder)
     got = np.array([[float(row["probability_clear"]), float(row["probability_spot"])] for row in rows])
