@@ -113,10 +113,12 @@ def test_the_nll_of_validation_never_rises(classes, count, boldness, seed, guess
         labels = np.random.default_rng(seed).integers(classes, size=count)
     found = find_temperature(logits, labels)
     assert 1 / HIGHEST <= found.value <= HIGHEST
-    if found.reason is None:
-        assert found.nll_after <= found.nll_before
-    else:
+    if found.nll_before is None:
         assert found.value == 1
+        assert found.reason
+    else:
+        assert found.nll_after <= found.nll_before
+        assert bool(found.reason) == (found.value in (1 / HIGHEST, HIGHEST))
 
 
 def test_with_few_images_or_none_wrong_the_temperature_is_one_and_says_why():
@@ -131,7 +133,9 @@ def test_with_few_images_or_none_wrong_the_temperature_is_one_and_says_why():
 
 def test_logits_that_know_nothing_become_as_mild_as_may_be():
     logits, labels = draw(2, 100)
-    assert find_temperature(-3 * logits, labels).value == HIGHEST
+    found = find_temperature(-3 * logits, labels)
+    assert found.value == HIGHEST
+    assert "bound" in found.reason
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -23,8 +23,9 @@ FEWEST = 20
 
 @dataclass(frozen=True)
 class Temperature:
-    """What logits are divided by. `value` 1 changes nothing; `reason`: why it is 1, where none was looked for or found.
+    """What logits are divided by. `value` 1 changes nothing.
 
+    `reason`: why it is 1, where none was looked for or found; or that it is at a bound.
     `images`: the validation images that it was found on; `nll_before`, `nll_after`: theirs, in nats.
     """
 
@@ -47,8 +48,8 @@ def find_temperature(logits: Floats, labels: Ints) -> Temperature:
     """Return the temperature between 0.1 and 10 that minimises the NLL of validation images.
 
     `logits` (N, 1) of the second of two classes, or (N, K); `labels` (N,). The NLL is convex in 1 / T, so that the
-    minimum is the root of its slope, the same each time. It stays 1 with fewer than 20 images, where all are right
-    (then no T is best, as the NLL falls for ever when T does), and where a bound would be the best.
+    minimum is the root of its slope, the same each time. It stays 1 with fewer than 20 images, and where all are
+    right: then no T is best, as the NLL falls for ever when T does. `reason` also tells of a T at a bound.
     """
     columns, count = _with_all_classes(logits), len(labels)
     if count < FEWEST:
@@ -57,12 +58,16 @@ def find_temperature(logits: Floats, labels: Ints) -> Temperature:
     if (columns[np.arange(count), labels] > others).all():
         return Temperature(1.0, count, "all validation images are right, which leaves no best temperature")
     value, before = 1 / _find_inverse(columns, labels), _nll(columns, labels)
-    if not 1 / HIGHEST < value < HIGHEST:
-        return Temperature(1.0, count, f"none between {1 / HIGHEST:g} and {HIGHEST:g} is the best")
     after = _nll(columns / value, labels)
     if after > before:  # by rounding, where 1 is as good as it gets
         value, after = 1.0, before
-    return Temperature(value, count, None, before, after)
+    inside = 1 / HIGHEST < value < HIGHEST
+    reason = (
+        None
+        if inside
+        else f"it is the bound of those looked at, {1 / HIGHEST:g} to {HIGHEST:g}: trust it little"
+    )
+    return Temperature(value, count, reason, before, after)
 
 
 @torch.no_grad()
