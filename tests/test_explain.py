@@ -279,7 +279,7 @@ def test_json_is_the_index(made, tmp_path, capsys):
         (["--out", "there"], "there is there already; remove it, or name another --out"),
         (["--out", "no/where"], "is no folder that can be written to"),
         (["missing.png"], "missing.png does not exist"),
-        (["there/text.png"], "text.png: wanted a PNG, JPEG or TIFF image"),
+        (["there/text.png"], "text.png: wanted a PNG, JPEG, TIFF or DICOM image"),
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_one_line_and_writes_nothing(made, tmp_path, monkeypatch, capsys, change, message):
