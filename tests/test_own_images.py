@@ -7,7 +7,7 @@ import pytest
 from chanscale import FitConfig, scale_and_select
 from chanscale.artifact import load_model, model_path
 from chanscale.data.sources import open_images
-from chanscale.data.splits import split_images
+from chanscale.data.splits import read_test_names, read_training_names, split_images
 from chanscale.errors import SplitError
 from chanscale.own_images import open_own_images
 from test_cli import draw
@@ -62,3 +62,11 @@ def test_the_same_set_gives_the_same_split(run):
     first = open_images(data, group_pattern=r"^(\d+)_")
     assert splits == split_images(first, validation=CONFIG.validation, test=CONFIG.test, seed=CONFIG.seed)
     assert replace(images, skipped=()) == first
+
+
+def test_of_several_frames_those_alone_are_left_out_that_are_outer_test(tmp_path):
+    table = tmp_path / "splits.csv"
+    rows = "a.dcm#1,x,p,train\na.dcm#2,x,p,train\nb.dcm#1,x,q,test\nb.dcm#2,x,q,test\n"
+    table.write_text("name,label,group,split\n" + rows)
+    assert read_test_names(table) == {"b.dcm#1", "b.dcm#2"}
+    assert read_training_names(table) == {"a.dcm"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from chanscale.artifact import ModelInfo
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet, open_images
-from chanscale.data.splits import Splits, read_groups, read_names, read_splits, read_training_names
+from chanscale.data.splits import Splits, read_groups, read_splits, read_test_names
 from chanscale.errors import ArtifactError
 
 
@@ -37,7 +37,7 @@ def _less_outer_test(images: ImageSet, run: Path) -> ImageSet:
     outer = run.parent.parent / "splits.csv"
     if run.parent.name != "runs" or not outer.is_file():
         return images
-    kept_out = read_names(outer) - read_training_names(outer)
+    kept_out = read_test_names(outer)
     return replace(images, records=tuple(record for record in images.records if record.name not in kept_out))
 
 

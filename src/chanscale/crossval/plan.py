@@ -1,12 +1,12 @@
 """What a cross-validation holds: which images each of its runs trains on, and which it never sees."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from chanscale.comparison.folds import split_for_cell
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
-from chanscale.data.splits import SIDES, Splits, split_images
+from chanscale.data.splits import Splits, split_images
 from chanscale.errors import ConfigError
 
 SEEDS = 2**32
@@ -67,7 +67,7 @@ class CrossPlan:
             learning, fold=member.fold, folds=self.folds, fold_seed=seed, seed=seed, size=None,
             validation=self.config.validation, test=0,
         )  # fmt: skip
-        side_of = {i: side for side, own in zip(SIDES, astuple(splits), strict=True) for i in own}
+        side_of = splits.side_of
         records = (replace(record, split=side_of[i]) for i, record in enumerate(learning.records))
         return replace(learning, records=tuple(records))
 

@@ -33,6 +33,11 @@ class Splits:
     validation: tuple[int, ...]
     test: tuple[int, ...]
 
+    @property
+    def side_of(self) -> dict[int, Side]:
+        """The side of each image, by its index."""
+        return {index: side for side, own in zip(SIDES, astuple(self), strict=True) for index in own}
+
 
 def split_images(images: ImageSet, *, validation: float, test: float, seed: int) -> Splits:
     """Put each group on one side, so that every side has about its share of every class.
@@ -76,7 +81,7 @@ def suggest_group_pattern(images: ImageSet) -> str | None:
 
 def write_splits(path: Path, images: ImageSet, splits: Splits) -> None:
     """Write a CSV table of name, label, group and split, a row for each image; whole or not at all."""
-    side_of = {index: side for side, indices in zip(SIDES, astuple(splits), strict=True) for index in indices}
+    side_of = splits.side_of
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -110,9 +115,9 @@ def read_splits(path: Path, images: ImageSet) -> Splits:
     return _to_splits(sides)
 
 
-def read_names(path: Path) -> frozenset[str]:
-    """Return all images that a file of `write_splits` has. Raises ArtifactError."""
-    return frozenset(_read_rows(path))
+def read_test_names(path: Path) -> frozenset[str]:
+    """Return the images that a file of `write_splits` has as test. Raises ArtifactError."""
+    return frozenset(name for name, row in _read_rows(path).items() if row["split"] == "test")
 
 
 def read_groups(path: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """From images to findings: the one call for a set, and the one for a run under way."""
 
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from chanscale.config import Frames
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.readers import Side
 from chanscale.data.sources import ImageSet, open_images
-from chanscale.data.splits import SIDES, Splits
+from chanscale.data.splits import Splits
 from chanscale.errors import ConfigError
 from chanscale.leaks.findings import KINDS, Findings, judge_twins, require_paths
 from chanscale.leaks.thumbnails import SIDE, thumbnails
@@ -55,7 +54,7 @@ def leaks_of_fit(
 
     Only pairs beyond doubt count: nobody asked. Pixels that are decoded already are not read again.
     """
-    side_of = {index: side for side, indices in zip(SIDES, astuple(splits), strict=True) for index in indices}
+    side_of = splits.side_of
     found = _search(images, [side_of.get(index) for index in range(len(images))], watcher or Watcher(), SURE)
     noted = found.to_dict()
     figures = {name: noted[name] for name in ("pairs", "kinds", "test_images_with_twins")}
@@ -85,10 +84,7 @@ def _open(
     if frames != "first":
         raise ConfigError(f"{run} knows its frames; frames={frames!r} is for images without a run")
     images, splits = open_own_images(data, model_path(run), load_model(run)[1])
-    names = [record.name for record in images.records]
-    return images, {
-        names[index]: side for side, part in zip(SIDES, astuple(splits), strict=True) for index in part
-    }
+    return images, {images.records[index].name: side for index, side in splits.side_of.items()}
 
 
 def _search(decoded: DecodedImages, sides: list[Side | None], watcher: Watcher, least: float) -> Findings:
