@@ -160,12 +160,7 @@ def draw_maps(
     """Return the maps (N, h, w) of some images by their kind."""
     training = survey_training(model, images.images, splits, image_size=images.image_size)
     mean = decompose_mean(model, training).class_maps[0, 0]
-    maps = torch.cat(
-        [
-            decompose(model.head, features(model, images.batch(part)[0])).class_maps[:, 0]
-            for part in chunks(chosen)
-        ]
-    )
+    maps = torch.cat([class_map(model, images.batch(part)[0]) for part in chunks(chosen)])
     cams = torch.cat([grad_cam(model, images.batch(part)[0], 0) for part in chunks(chosen)])
     views = torch.cat([average_views(model, images.batch(part)[0]) for part in chunks(chosen)])
     return {
@@ -188,14 +183,8 @@ def average_views(model: Classifier, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_map(model: Classifier, pixels: Tensor) -> Tensor:
-    """Return the class maps (N, h, w)."""
-    return model.head.class_map(model.feature_map(pixels))[:, 0]
-
-
-@torch.no_grad()
-def features(model: Classifier, pixels: Tensor) -> Tensor:
-    """Return the last maps."""
-    return model.feature_map(pixels)
+    """Return the class maps (N, h, w), in fp64."""
+    return decompose(model.head, model.feature_map(pixels)).class_maps[:, 0]
 
 
 def chunks(indices: list[int], size: int = 8) -> list[list[int]]:

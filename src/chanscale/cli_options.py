@@ -11,6 +11,10 @@ from pydantic.fields import FieldInfo
 from chanscale.config import FitConfig, Frames
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts, on stdout.")]
+ConfigFileOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file of options; the command line goes before it."),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 GroupOption = Annotated[
     str | None,

@@ -11,6 +11,7 @@ import typer
 
 from chanscale import __version__, demo
 from chanscale.cli_options import (
+    ConfigFileOption,
     DataArgument,
     FramesOption,
     GroupOption,
@@ -75,12 +76,7 @@ def chanscale(
 def fit(
     data: DataArgument,
     out_folder: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder to make.")],
-    config_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", metavar="FILE", help="YAML file of options; the command line goes before it."
-        ),
-    ] = None,
+    config_file: ConfigFileOption = None,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
     *,

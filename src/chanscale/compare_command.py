@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chanscale.cli_options import merge_config, with_config_options
+from chanscale.cli_options import ConfigFileOption, merge_config, with_config_options
 from chanscale.commands import require_outside, warn_about_patients
 from chanscale.config import FitConfig
 from chanscale.display import complain, describe_rows, out, say
@@ -90,12 +90,7 @@ def compare(
     table: Annotated[
         bool, typer.Option("--table", help="Run nothing; draw the table from the cells that are there.")
     ] = False,
-    config_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", metavar="FILE", help="YAML file of options; the command line goes before it."
-        ),
-    ] = None,
+    config_file: ConfigFileOption = None,
     *,
     given: dict[str, Any],
 ) -> None:

@@ -213,6 +213,10 @@ class FitConfig(BaseModel):
                 "; ".join(_describe(detail) for detail in error.errors()[:_MOST_TOLD])
             ) from None
 
+    def already_opened(self) -> Self:
+        """Return the options for an `ImageSet`, whose class order and patients are settled: no option says them."""
+        return self.model_copy(update={"positive": None, "group_pattern": None})
+
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> Self:
         """Read a YAML file, then apply `overrides`. Raises ConfigError."""
@@ -237,6 +241,12 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not read; write each value out")
         return super().compose_node(parent, index)
+
+
+DECODING = frozenset({"workers", "cache_gib"})
+"""Options that change nothing but the time and the memory that decoding takes."""
+READING = frozenset({"calibrate", "sensitivity", "coverage"})
+"""Options that say how probabilities are read, when training is over."""
 
 
 def before_it_existed(option: str) -> Any:

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chanscale.cli_options import DataArgument, JsonOption, merge_config, with_config_options
+from chanscale.cli_options import (
+    ConfigFileOption,
+    DataArgument,
+    JsonOption,
+    merge_config,
+    with_config_options,
+)
 from chanscale.commands import require_outside, warn_about_patients
 from chanscale.config import FitConfig
 from chanscale.display import complain, describe_rows, out, say, show_json, watching
@@ -29,12 +35,7 @@ def cross_validate(
     repeats: Annotated[
         int, typer.Option(min=1, help="How often the images are dealt to folds anew; it may grow.")
     ] = 1,
-    config_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", metavar="FILE", help="YAML file of options; the command line goes before it."
-        ),
-    ] = None,
+    config_file: ConfigFileOption = None,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],

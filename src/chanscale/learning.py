@@ -60,7 +60,7 @@ class Learner:
         with self.fabric.autocast():
             maps = torch.cat([model.feature_map(part) for part in images.split(self.config.micro_batch)])
             losses = classification_loss(model.head(maps), labels)
-            loss = (losses * self.weights.to(losses)[labels]).mean() if self.config.balance else losses.mean()
+            loss = (losses * self.weights.to(losses)[labels]).mean()
         self.fabric.backward(loss)
         total = float(loss.detach())
         if not math.isfinite(total):

@@ -13,7 +13,7 @@ from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
 from chanscale.comparison.folds import learning_and_test, split_for_cell
 from chanscale.comparison.methods import is_ours, learning_rates
-from chanscale.config import FitConfig, before_it_existed
+from chanscale.config import DECODING, READING, FitConfig, before_it_existed
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.sources import ImageSet
@@ -26,9 +26,9 @@ from chanscale.pipeline import describe_machine, load_images, open_classifier, o
 from chanscale.progress import Watcher
 
 FORMAT = "chanscale-cell/1"
-IDLE_OPTIONS = frozenset({"workers", "cache_gib", "calibrate", "sensitivity", "coverage"})
-"""Options that change nothing of a cell but the time and the memory that decoding takes: methods are compared as they
-come from training, before probabilities are calibrated."""
+IDLE_OPTIONS = DECODING | READING
+"""Options that change nothing of a cell: methods are compared as they come from training, before probabilities are
+calibrated."""
 
 Result = dict[str, Any]
 
@@ -125,9 +125,8 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         raise DataError(f"the images of {spec.data} have changed since the grid was begun; use another --out")
     learning, test = learning_and_test(images, split_spec(images, spec))
     # What these say has been done, or is not to be: class order, patients, and a test side.
-    done: dict[str, Any] = {"positive": None, "group_pattern": None, "test": 0.0}
     unread: dict[str, Any] = {"calibrate": False, "sensitivity": None, "coverage": None}
-    config = spec.config.model_copy(update=done | unread)
+    config = spec.config.already_opened().model_copy(update=unread | {"test": 0.0})
     began = perf_counter()
     train = _train_ours if is_ours(spec.cell.method) else _train_baseline
     trained = train(spec, learning, config, watcher)

@@ -107,7 +107,7 @@ def ask_members(
 
     Which images a run left out, its own `splits.csv` says. Raises ArtifactError, DataError.
     """
-    config = plan.config.model_copy(update={"positive": None, "group_pattern": None})
+    config = plan.config.already_opened()
     seen = load_images(learning, config, watcher)
     unseen = load_images(outer, config, watcher) if outer else None
     left_out, kept_out = [], []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from chanscale.comparison.cells import digest_images
-from chanscale.config import FixedPrecision
+from chanscale.config import DECODING, FixedPrecision
 from chanscale.crossval.plan import CrossPlan, Member
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import write_splits
@@ -16,8 +16,6 @@ from chanscale.files import claiming, read_json, to_json, write_atomically
 from chanscale.working_folder import require_own, require_same_options, sole_worker
 
 FORMAT = "chanscale-cross-plan/1"
-IDLE_OPTIONS = frozenset({"workers", "cache_gib"})
-"""Options that change nothing but the time and the memory that decoding takes."""
 
 
 class CrossFolder:
@@ -84,6 +82,6 @@ class CrossFolder:
 
     def _require_same(self, noted: dict[str, Any], wanted: dict[str, Any]) -> None:
         begun, asked = (facts["config"] | {"folds": facts["folds"]} for facts in (noted, wanted))
-        require_same_options(self.out, begun, asked, idle=IDLE_OPTIONS)
+        require_same_options(self.out, begun, asked, idle=DECODING)
         if noted["images"] != wanted["images"]:
             raise ConfigError(f"{self.out} was begun with other images; use the same, or another --out")

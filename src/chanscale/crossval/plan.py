@@ -73,9 +73,8 @@ class CrossPlan:
 
     def configure(self, member: Member, precision: FixedPrecision) -> FitConfig:
         """Return the options of one run, at the precision that all have."""
-        # What the first three say has been done, or is not to be: class order, patients, and a test side.
-        own = {"positive": None, "group_pattern": None, "test": 0.0, "seed": self._seed(member)}
-        return self.config.model_copy(update=own | {"precision": precision})
+        own = {"test": 0.0, "seed": self._seed(member), "precision": precision}
+        return self.config.already_opened().model_copy(update=own)
 
     def _seed(self, member: Member) -> int:
         return (self.config.seed + member.repeat) % SEEDS

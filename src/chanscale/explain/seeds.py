@@ -10,11 +10,11 @@ import torch
 
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier, probabilities
-from chanscale.config import FitConfig
+from chanscale.config import DECODING, READING, FitConfig
 from chanscale.data.dicom import name_file
-from chanscale.data.loading import BatchLoader, decode_images
+from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.data.sources import ImageSet
-from chanscale.data.splits import read_training_names
+from chanscale.data.splits import Splits, read_training_names
 from chanscale.errors import ConfigError, DataError
 from chanscale.explain.decomposition import decompose
 from chanscale.explain.pointing import enlarge
@@ -24,9 +24,7 @@ from chanscale.files import to_json, write_atomically
 from chanscale.own_images import open_own_images
 from chanscale.report_page.material import find_widths, read_metrics
 
-IDLE = frozenset(
-    {"seed", "workers", "cache_gib", "weights", "device", "calibrate", "sensitivity", "coverage"}
-)
+IDLE = DECODING | READING | {"seed", "weights", "device"}
 """Options in which runs may differ that differ in their seed."""
 
 SIDE = 28
@@ -88,14 +86,14 @@ def measure_stability(
         )
     loaded = [_load(file) for file in files]
     _require_alike(files, [info for _, info in loaded])
-    images, splits = open_own_images(Path(data), files[0], loaded[0][1])
-    if not splits.test:
-        raise DataError(f"{files[0].parent} set no test images aside, and on others its maps are no measure")
-    shown = ImageSet(images.source, images.classes, tuple(images.records[i] for i in splits.test))
+    metrics = read_metrics(files[0].with_name("metrics.json"))
+    widths = find_widths(metrics, *loaded[0])
+    own = [open_own_images(Path(data), file, info) for file, (_, info) in zip(files, loaded, strict=True)]
+    shown = _take_test(files[0], *own[0], image_size=loaded[0][1].image_size)
     answers = []
-    for number, (file, (model, info)) in enumerate(zip(files, loaded, strict=True), 1):
-        answers.append(_ask(model, info, file, Path(data), shown, _step(progress, number, len(files))))
-    return _compare(files, answers, shown)
+    for number, ((model, info), (images, splits)) in enumerate(zip(loaded, own, strict=True), 1):
+        answers.append(_ask(model, info, images, splits, shown, _step(progress, number, len(files))))
+    return _compare(files, answers, shown.images, widths)
 
 
 def write_stability(runs: Sequence[str | Path], stability: Stability) -> None:
@@ -129,6 +127,13 @@ def _require_alike(files: Sequence[Path], infos: Sequence[ModelInfo]) -> None:
             )
 
 
+def _take_test(file: Path, images: ImageSet, splits: Splits, *, image_size: int) -> DecodedImages:
+    if not splits.test:
+        raise DataError(f"{file.parent} set no test images aside, and on others its maps are no measure")
+    records = tuple(images.records[index] for index in splits.test)
+    return decode_images(ImageSet(images.source, images.classes, records), image_size=image_size)
+
+
 def _read_options(file: Path) -> dict[str, Any]:
     options = FitConfig.read(file.with_name("config.yaml")).model_dump()
     return {name: value for name, value in options.items() if name not in IDLE}
@@ -136,16 +141,14 @@ def _read_options(file: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _ask(
-    model: Classifier, info: ModelInfo, file: Path, data: Path, shown: ImageSet,
+    model: Classifier, info: ModelInfo, images: ImageSet, splits: Splits, shown: DecodedImages,
     progress: Callable[[int, int], None] | None,
 ) -> _Answers:  # fmt: skip
-    images, splits = open_own_images(data, file, info)
     usual = decompose_mean(
         model, survey_training(model, images, splits, image_size=info.image_size, progress=progress)
     )
-    decoded = decode_images(shown, image_size=info.image_size)
     maps, logits = [], []
-    for batch in BatchLoader(decoded, range(len(decoded)), batch_size=16).epoch():
+    for batch in BatchLoader(shown, range(len(shown)), batch_size=16).epoch():
         parts = decompose(model.head, model.feature_map(batch.images))
         target = torch.zeros_like(batch.labels) if len(info.classes) == 2 else batch.labels
         rows = torch.arange(len(target))
@@ -155,8 +158,9 @@ def _ask(
     return _Answers(info, np.stack([enlarge(one, side=SIDE) for one in maps]), shares)
 
 
-def _compare(files: Sequence[Path], answers: Sequence[_Answers], shown: ImageSet) -> Stability:
-    widths = _find_widths(files[0], answers[0].info)
+def _compare(
+    files: Sequence[Path], answers: Sequence[_Answers], shown: ImageSet, widths: Mapping[str, int]
+) -> Stability:
     kept = [answer.info.kept for answer in answers]
     named = [name for name in widths if any(run.get(name) for run in kept)]
     shares = np.stack([answer.shares for answer in answers])
@@ -171,12 +175,6 @@ def _compare(files: Sequence[Path], answers: Sequence[_Answers], shown: ImageSet
         answers=float(np.mean((classes == classes[0]).all(0))),
         spread=float(np.take_along_axis(shares, classes[:1, :, None], 2).std(0, ddof=1).mean()),
     )
-
-
-def _find_widths(file: Path, info: ModelInfo) -> Mapping[str, int]:
-    metrics = read_metrics(file.with_name("metrics.json"))
-    model, _ = load_model(file)
-    return metrics.get("widths") or find_widths(model, info)
 
 
 def _count_seen(files: Sequence[Path], shown: ImageSet) -> int:

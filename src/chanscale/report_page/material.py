@@ -92,7 +92,7 @@ def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:
     config = FitConfig.read(file.with_name("config.yaml"))
     if "calibration" not in metrics:  # a run of a version that calibrated none
         config = config.model_copy(update={"calibrate": before_it_existed("calibrate")})
-    widths = metrics.get("widths") or find_widths(model, info)
+    widths = find_widths(metrics, model, info)
     stability = read_stability(file.with_name(STABILITY))
     return Material(model, info, metrics, history, config, widths, decoded, splits, judged, stability)
 
@@ -180,8 +180,12 @@ def _parse(text: str) -> Any:
     return text
 
 
-def find_widths(model: Classifier | Program, info: ModelInfo) -> dict[str, int]:
-    """Return the widths of the original by building it again; empty where no name builds it."""
+def find_widths(metrics: Mapping[str, Any], model: Classifier | Program, info: ModelInfo) -> dict[str, int]:
+    """Return the widths of the original, of metrics.json, or by building it again; empty where no name builds it."""
+    return metrics.get("widths") or _rebuild_widths(model, info)
+
+
+def _rebuild_widths(model: Classifier | Program, info: ModelInfo) -> dict[str, int]:
     if info.rebuilt_by != "name" or isinstance(model, Program):
         return {}
     try:
