@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,6 +28,8 @@ from chanscale.programs import PROGRAM, Program, load_program
 from chanscale.rebuilding import install_tensors
 from chanscale.slicing import output_width
 from chanscale.wording import without_folder
+
+T = TypeVar("T")
 
 FORMAT = "chanscale-model/2"
 METADATA = "chanscale"
@@ -171,6 +173,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ArtifactError(
             f"{path} is not a whole safetensors file ({clip(one_line(error))}); fit the model again"
+        ) from error
+
+
+def parse_header(
+    adapter: TypeAdapter[T], metadata: Mapping[str, Any], path: Path, *, wanted: str, kind: str, advice: str
+) -> T:
+    """Return the metadata of a file that lies beside a model as `adapter` has them. Raises ArtifactError.
+
+    `wanted`: the format it must have; `kind`: what a file of that format is called; `advice`: what to do about damage.
+    """
+    if metadata.get("format") != wanted:
+        raise ArtifactError(
+            f"{path} has the format {brief(metadata.get('format'))}, not {wanted!r}; "
+            f"it is no {kind}, or one of another version"
+        )
+    try:
+        return adapter.validate_json(json.dumps(metadata), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = clip(".".join(map(str, first["loc"])))
+        raise ArtifactError(
+            f"the metadata of {path} are damaged ({where}: {first['msg']}); {advice}"
         ) from error
 
 

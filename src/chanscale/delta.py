@@ -5,7 +5,6 @@ head, and a first convolution that was folded. Which slices is told by one bit f
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from chanscale import __version__, artifact
@@ -28,7 +27,7 @@ from chanscale.artifact import (
     rebuild,
 )
 from chanscale.classifier import Classifier, to_channels_last
-from chanscale.errors import ArtifactError, ChanscaleError, DigestError, WeightsError, brief, clip, one_line
+from chanscale.errors import ArtifactError, ChanscaleError, DigestError, WeightsError, brief, one_line
 from chanscale.files import write_atomically
 from chanscale.provenance import Origin, Origins, require_public, same_bits
 
@@ -237,19 +236,7 @@ def _unpack_kept(bits: Tensor | None, widths: Mapping[str, int], path: Path) -> 
 
 
 def _parse_header(found: Mapping[str, Any], path: Path) -> _Header:
-    if found.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path} has the format {brief(found.get('format'))}, not {FORMAT!r}; "
-            "it is no delta, or one of another version"
-        )
-    try:
-        header = _HEADER.validate_json(json.dumps(found), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = clip(".".join(map(str, first["loc"])))
-        raise ArtifactError(
-            f"the metadata of {path} are damaged ({where}: {first['msg']}); get it again"
-        ) from error
+    header = artifact.parse_header(_HEADER, found, path, wanted=FORMAT, kind="delta", advice="get it again")
     told = header.model.get("format")
     if told != artifact.FORMAT or not isinstance(header.model.get("info"), dict):
         raise ArtifactError(

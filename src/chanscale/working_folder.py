@@ -8,8 +8,8 @@ from typing import Any
 from filelock import FileLock
 
 from chanscale.config import FitConfig, before_it_existed
-from chanscale.errors import ArtifactError, ConfigError
-from chanscale.files import claiming
+from chanscale.errors import ArtifactError, ConfigError, one_line
+from chanscale.files import claiming, read_json
 
 
 def require_own(out: Path, file: str, *, what: str) -> None:
@@ -31,6 +31,43 @@ def sole_worker(folder: Path) -> Iterator[None]:
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@contextmanager
+def working_in(out: Path, *, plan: Path, parts: Path, written: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of `out` and its folder of `parts`, which are made. Raises ArtifactError.
+
+    `plan`: the file that says that a folder is one of `what`. `written`: the folder whose files this work writes.
+    """
+    require_own(out, plan.name, what=what)
+    with claiming(out):
+        parts.mkdir(parents=True, exist_ok=True)
+    with sole_worker(out):
+        for left in written.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        yield
+
+
+def read_plan(path: Path, *, wanted: str) -> dict[str, Any]:
+    """Return what a folder was begun with, in the format that is `wanted`. Raises ArtifactError."""
+    try:
+        facts: dict[str, Any] = read_json(path)
+        known = facts["format"] == wanted
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({one_line(error)}); use another --out") from error
+    if not known:
+        raise ArtifactError(f"{path} is of another version of chanscale; use another --out")
+    return facts
+
+
+def require_same_plan(
+    out: Path, noted: Mapping[str, Any], wanted: Mapping[str, Any], *, idle: Set[str]
+) -> None:
+    """Raise ConfigError unless `out` was begun with the options, folds and images that are wanted, `idle` aside."""
+    begun, asked = (facts["config"] | {"folds": facts["folds"]} for facts in (noted, wanted))
+    require_same_options(out, begun, asked, idle=idle)
+    if noted["images"] != wanted["images"]:
+        raise ConfigError(f"{out} was begun with other images; use the same, or another --out")
 
 
 def require_same_options(

@@ -21,10 +21,10 @@ from chanscale.comparison.methods import configure, find_tries
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
-from chanscale.errors import ArtifactError, ConfigError, one_line
-from chanscale.files import claiming, read_json, to_json, write_atomically
+from chanscale.errors import ArtifactError
+from chanscale.files import to_json, write_atomically
 from chanscale.wording import printable
-from chanscale.working_folder import require_own, require_same_options, sole_worker
+from chanscale.working_folder import read_plan, require_same_plan, working_in
 
 FORMAT = "chanscale-grid/1"
 
@@ -90,12 +90,7 @@ class GridFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
-        require_own(self.out, self._file.name, what="a grid")
-        with claiming(self.out):
-            self.cells.mkdir(parents=True, exist_ok=True)
-        with sole_worker(self.out):
-            for left in self.cells.glob(".*.tmp"):  # of a process that was killed while it wrote
-                left.unlink()
+        with working_in(self.out, plan=self._file, parts=self.cells, written=self.cells, what="a grid"):
             yield
 
     def begin(self, plan: Plan, images: ImageSet) -> FixedPrecision:
@@ -111,7 +106,7 @@ class GridFolder:
             "images": digest_images(images),
         }
         if noted:
-            self._require_same(noted, fixed)
+            require_same_plan(self.out, noted, fixed, idle=IDLE_OPTIONS)
         precision = noted.get("precision") or find_precision(plan.config)
         names = [cell.name for cell in plan.cells]
         facts = {
@@ -124,16 +119,9 @@ class GridFolder:
 
     def read(self) -> dict[str, Any]:
         """Return what `begin` noted. Raises ArtifactError."""
-        try:
-            facts: dict[str, Any] = read_json(self._file)
-            known = facts["format"] == FORMAT
-        except FileNotFoundError as error:
-            raise ArtifactError(f"there is no grid at {self.out}; begin one with DATA") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{self._file} is damaged ({one_line(error)}); use another --out") from error
-        if not known:
-            raise ArtifactError(f"{self._file} is of another version of chanscale; use another --out")
-        return facts
+        if not self._file.exists():
+            raise ArtifactError(f"there is no grid at {self.out}; begin one with DATA")
+        return read_plan(self._file, wanted=FORMAT)
 
     def find_younger(self) -> frozenset[str]:
         """Return the options that there were not when the grid was begun."""
@@ -163,9 +151,3 @@ class GridFolder:
     @property
     def _file(self) -> Path:
         return self.out / "grid.json"
-
-    def _require_same(self, noted: dict[str, Any], wanted: dict[str, Any]) -> None:
-        begun, asked = (facts["config"] | {"folds": facts["folds"]} for facts in (noted, wanted))
-        require_same_options(self.out, begun, asked, idle=IDLE_OPTIONS)
-        if noted["images"] != wanted["images"]:
-            raise ConfigError(f"{self.out} was begun with other images; use the same, or another --out")

@@ -1,19 +1,18 @@
 """The file of a detector, beside its model."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from chanscale import __version__
-from chanscale.artifact import model_path, read_tensors, write_tensors
-from chanscale.errors import ArtifactError, brief, clip, one_line
+from chanscale.artifact import model_path, parse_header, read_tensors, write_tensors
+from chanscale.errors import ArtifactError, clip, one_line
 from chanscale.novelty.detector import Detector
 from chanscale.novelty.facts import COLUMNS, FACTS
 from chanscale.novelty.gaussian import Gaussian
@@ -88,19 +87,9 @@ def _digest(file: Path) -> str:
 
 
 def _parse(metadata: dict[str, Any], path: Path) -> _Header:
-    if metadata.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path} has the format {brief(metadata.get('format'))}, not {FORMAT!r}; "
-            "it is no novelty detector, or one of another version"
-        )
-    try:
-        header = _HEADER.validate_json(json.dumps(metadata), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = clip(".".join(map(str, first["loc"])))
-        raise ArtifactError(
-            f"the metadata of {path} are damaged ({where}: {first['msg']}); fit a detector again"
-        ) from error
+    header = parse_header(
+        _HEADER, metadata, path, wanted=FORMAT, kind="novelty detector", advice="fit a detector again"
+    )
     if header.facts != _MEASURED:
         raise ArtifactError(f"{path} measures other facts than this version does; fit a detector again")
     return header
