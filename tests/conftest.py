@@ -1,11 +1,14 @@
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from chanscale.export.denormals import flushes_denormals
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NIH = (
@@ -26,6 +29,12 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _the_processor_computes_as_before() -> Iterator[None]:
+    yield
+    assert not flushes_denormals()
 
 
 @pytest.fixture(scope="session")

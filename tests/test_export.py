@@ -1,6 +1,7 @@
 """What `chanscale export` writes is what the run computes, or it is not written."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from chanscale.artifact import ModelInfo
 from chanscale.errors import ArtifactError, ConfigError, InexactExportError, ModelError
 from chanscale.export import agreement, forms
 from chanscale.export.agreement import compare, predict_image, raw_pixels
+from chanscale.export.denormals import denormals_flushed, flushes_denormals
 from chanscale.export.examples import draw_examples, read_whole
 from chanscale.export.onnx_file import describe_graph, export_onnx
 from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session
@@ -56,6 +58,31 @@ def test_the_graph_says_what_the_run_says_of_images_of_any_size_grey_or_colour(g
     agreed = compare(run_session(open_session(content)), model, info, draw_examples(12, grey_only=False))
     assert agreed.images == 12
     assert agreed.difference < 1e-5
+
+
+def test_a_session_leaves_the_arithmetic_of_its_caller_alone(graph, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph[0])
+    lines = [  # in a process of its own, since the first session of a process is what sets it
+        "import sys; from pathlib import Path; import numpy as np",
+        "from chanscale.export.runtime import open_session, run_session",
+        "run = run_session(open_session(Path(sys.argv[1]), threads=1))",
+        "halves = [np.float32(2e-39) / 2]",
+        "run(np.zeros((1, 1, 32, 32), np.float32))",
+        "print(all(halves + [np.float32(2e-39) / 2]))",
+    ]
+    said = subprocess.run([sys.executable, "-c", "\n".join(lines), path], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["True"]
+
+
+def test_denormals_are_flushed_for_a_while_and_not_for_longer():
+    with denormals_flushed():
+        assert flushes_denormals()
+        with denormals_flushed(False):
+            assert not flushes_denormals()
+            torch.set_flush_denormal(True)
+        assert flushes_denormals()
+    assert not flushes_denormals()
 
 
 def test_a_batch_is_its_images_one_by_one(graph):

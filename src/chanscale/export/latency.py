@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from chanscale.export.denormals import denormals_flushed
 from chanscale.export.runtime import Floats, Run
 
 WARM_UP = 2
@@ -69,9 +70,8 @@ def torch_threads(threads: int) -> Iterator[None]:
     """Let PyTorch use so many threads, for a while, and flush denormals."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     try:
-        yield
+        with denormals_flushed():
+            yield
     finally:
         torch.set_num_threads(before)
-        torch.set_flush_denormal(False)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chanscale.errors import ConfigError
+from chanscale.export.denormals import denormals_flushed, flushes_denormals
 
 INPUT, PROBABILITIES, CLASS_MAP = "pixels", "probabilities", "class_map"
 """What graphs call what they take and give."""
@@ -26,14 +27,16 @@ def open_session(graph: bytes | Path, *, threads: int = 0) -> Any:
     options.log_severity_level = 3  # errors alone: what is wrong is raised
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     model = str(graph) if isinstance(graph, Path) else graph
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    with denormals_flushed(flushes_denormals()):  # the entry is meant for the session's threads, and sets this one too
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run_session(session: Any) -> Run:
     """Return the function from pixels to probabilities that `session` computes."""
 
     def run(pixels: Floats) -> Floats:
-        found: Floats = session.run([PROBABILITIES], {INPUT: pixels})[0]
+        with denormals_flushed():  # the calling thread takes its share of the work
+            found: Floats = session.run([PROBABILITIES], {INPUT: pixels})[0]
         return found
 
     return run
