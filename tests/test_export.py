@@ -71,7 +71,9 @@ def test_a_session_leaves_the_arithmetic_of_its_caller_alone(graph, tmp_path):
         "run(np.zeros((1, 1, 32, 32), np.float32))",
         "print(all(halves + [np.float32(2e-39) / 2]))",
     ]
-    said = subprocess.run([sys.executable, "-c", "\n".join(lines), path], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), path], capture_output=True, text=True, check=True
+    )
     assert said.stdout.split() == ["True"]
 
 
