@@ -47,7 +47,7 @@ class ModelInfo:
     `image_size` in pixels, `channels` 1 or 3: what the model was trained on. `head`: the layer of the original that
     ours replaced, if one was. `without`: the modules of its trunk that are left out. `rebuilt_by`: its name; or a
     program that lies beside the file; or only the original network. `operating_point`, `prediction_sets`: how to read
-    its probabilities, where that was settled.
+    its probabilities, where that was settled. `multilabel`: whether an image may have several of the classes, or none.
     """
 
     backbone: str
@@ -62,6 +62,12 @@ class ModelInfo:
     program: str | None = None
     operating_point: OperatingPoint | None = None
     prediction_sets: PredictionSets | None = None
+    multilabel: bool = False
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether there are two classes, of which an image has one; the second is the positive one."""
+        return len(self.classes) == 2 and not self.multilabel
 
     @property
     def network(self) -> str:
@@ -96,7 +102,7 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     if trunk is None and info.rebuilt_by == "program":
         program = load_program(
             path.with_name(PROGRAM), info.classes,
-            digest=info.program, channels=info.channels, image_size=info.image_size,
+            digest=info.program, channels=info.channels, image_size=info.image_size, multilabel=info.multilabel,
         )  # fmt: skip
         return program, info
     if not isinstance(trunk, nn.Module | None):
@@ -119,7 +125,10 @@ def rebuild(info: ModelInfo, tensors: Mapping[str, Tensor], *, trunk: nn.Module 
     trunk = rebuild_trunk(info.backbone, info.head) if trunk is None else trunk_of(trunk, info.head)
     trunk = cut_trunk(trunk, info.without)
     with torch.device("meta"):
-        model = Classifier(preprocessing, trunk, channels=tensors[FEATURES].shape[1], classes=info.classes)
+        model = Classifier(
+            preprocessing, trunk, channels=tensors[FEATURES].shape[1], classes=info.classes,
+            multilabel=info.multilabel,
+        )  # fmt: skip
     outputs = len(model.head.linear.bias)
     if len(tensors["head.linear.bias"]) != outputs:
         raise ModelError(f"{len(info.classes)} classes need {outputs} outputs, and there are others")

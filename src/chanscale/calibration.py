@@ -1,11 +1,14 @@
-"""How far probabilities can be believed: their figures on images whose classes are known."""
+"""How far probabilities can be believed: their figures on images whose classes are known.
+
+Several labels of an image, (N, K), are as many questions of two answers.
+"""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chanscale.metrics import Estimate, Floats, Ints, Metric, estimate
+from chanscale.metrics import Estimate, Floats, Ints, Metric, as_pairs, estimate
 
 Array = NDArray[np.float64]
 
@@ -17,12 +20,14 @@ LEAST = 1e-7
 
 def negative_log_likelihood(probabilities: Floats, labels: Ints) -> float:
     """Mean of -ln of the probability of the true class (NLL), in nats; below 1e-7 a probability counts as that."""
+    probabilities, labels = as_pairs(probabilities, labels)
     true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return float(-np.log(true.clip(LEAST, 1)).mean())
 
 
 def brier_score(probabilities: Floats, labels: Ints) -> float:
     """Mean squared distance of probabilities from the truth (Brier 1950); for two classes, of the positive one."""
+    probabilities, labels = as_pairs(probabilities, labels)
     truth = np.eye(probabilities.shape[1])[labels]
     squares = (probabilities.astype(np.float64) - truth) ** 2
     return float(np.mean(squares[:, 1] if probabilities.shape[1] == 2 else squares.sum(1)))
@@ -44,8 +49,10 @@ def calibration_error(probabilities: Floats, labels: Ints) -> float:
 def said_and_right(probabilities: Floats, labels: Ints) -> tuple[Array, Array]:
     """Return (N,) what was said, and 1 where it was so, else 0.
 
-    It is the probability of the positive class where there are two, else that of the most probable class.
+    It is the probability of the positive class where there are two, else that of the most probable class. Of several
+    labels, it is that of each one known.
     """
+    probabilities, labels = as_pairs(probabilities, labels)
     if probabilities.shape[1] == 2:
         return probabilities[:, 1].astype(np.float64), (labels == 1).astype(np.float64)
     return probabilities.max(1).astype(np.float64), (probabilities.argmax(1) == labels).astype(np.float64)

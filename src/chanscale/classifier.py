@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.errors import ConfigError, ModelError, one_line
 from chanscale.heads import PooledHead
 from chanscale.modes import in_eval
@@ -30,20 +31,27 @@ class Classifier(nn.Module):
     """Preprocessing, a convolutional trunk, and a head, for a list of classes.
 
     Input: (N, 1 or 3, H, W), pixels in [0, 1]. Output: logits, (N, 1) for two classes (that of the second,
-    the positive one) and (N, K) for K > 2. `left_out`: what the trunk lacks, if it ends early.
+    the positive one) and (N, K) for K > 2, or where the model is `multilabel`: where an image may have several of its
+    classes, or none. `left_out`: what the trunk lacks, if it ends early.
     """
 
     def __init__(
-        self, preprocessing: nn.Module, trunk: nn.Module, *, channels: int, classes: Sequence[str]
+        self,
+        preprocessing: nn.Module,
+        trunk: nn.Module,
+        *,
+        channels: int,
+        classes: Sequence[str],
+        multilabel: bool = False,
     ) -> None:
         super().__init__()
         if len(classes) < 2:
             raise ConfigError(f"a classifier needs at least two classes. Got {list(classes)} instead.")
-        self.classes = tuple(classes)
+        self.classes, self.multilabel = tuple(classes), multilabel
         self.preprocessing = preprocessing
         self.trunk = trunk
         self.left_out = NOTHING
-        self.head = PooledHead(channels, 1 if len(classes) == 2 else len(classes))
+        self.head = PooledHead(channels, 1 if len(classes) == 2 and not multilabel else len(classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits in fp32."""
@@ -61,7 +69,12 @@ def to_channels_last(model: Classifier) -> Classifier:
 
 
 def assemble(
-    preprocessing: nn.Module, trunk: nn.Module, images: Tensor, *, classes: Sequence[str]
+    preprocessing: nn.Module,
+    trunk: nn.Module,
+    images: Tensor,
+    *,
+    classes: Sequence[str],
+    multilabel: bool = False,
 ) -> Classifier:
     """Put a head behind `trunk`, as wide as what it makes of `images` (N, 1 or 3, *), pixels in [0, 1].
 
@@ -80,28 +93,46 @@ def assemble(
         raise ModelError(
             f"the trunk must return a feature map (N, C, *). Got {got}; pass it without its head"
         )
-    return Classifier(preprocessing, trunk, channels=features.shape[1], classes=classes)
+    return Classifier(
+        preprocessing, trunk, channels=features.shape[1], classes=classes, multilabel=multilabel
+    )
 
 
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each image, (N,), from the logits of a `Classifier` and class indices (N,)."""
+def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of each image, (N,), from the logits of a `Classifier` and class indices (N,).
+
+    Of several labels (N, K), 1, 0, or -1 where unknown, it is the mean over the K, to which an unknown one adds 0.
+    `weights`: those of `class_weights`; default, all 1.
+    """
+    if labels.dim() == 2:
+        known = labels != UNKNOWN
+        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        if weights is not None:
+            losses = losses * weights.to(losses).T.gather(0, labels.clamp_min(0))
+        return torch.where(known, losses, 0.0).mean(1)
     if logits.shape[1] > 1:
-        return F.cross_entropy(logits, labels, reduction="none")
-    return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
+    return losses if weights is None else losses * weights.to(losses)[labels]
 
 
-def class_weights(labels: Sequence[int] | NDArray[np.integer], classes: int) -> Tensor:
+def class_weights(labels: NDArray[np.integer], classes: int) -> Tensor:
     """Return the weight of each class, (classes,), with which all count alike in a loss over `labels`, each present.
 
-    The mean over the images is 1.
+    The mean over the images is 1. Of several labels (N, K): (K, 2), so that its absence counts as much as its presence.
     """
-    counts = torch.bincount(torch.as_tensor(np.asarray(labels), dtype=torch.int64), minlength=classes)
+    if labels.ndim == 2:
+        return torch.stack([class_weights(own[own != UNKNOWN], 2) for own in labels.T])
+    counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=classes)
     return len(labels) / (classes * counts)
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Return (N, K) class probabilities from the logits of a `Classifier`, in fp32."""
+def probabilities(logits: Tensor, *, multilabel: bool = False) -> Tensor:
+    """Return (N, K) class probabilities from the logits of a `Classifier`, in fp32; `multilabel`: each by itself."""
     logits = logits.float()
+    if multilabel:
+        return logits.sigmoid()
     if logits.shape[1] > 1:
         return logits.softmax(1)
     positive = logits.sigmoid()

@@ -108,8 +108,9 @@ def evaluate(
 
     model, info = load_predictor(run_folder)
     images = open_images(
-        data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad, frames=frames
-    )
+        data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad, frames=frames,
+        label_columns=info.classes if info.multilabel else None,
+    )  # fmt: skip
     images = _take_unseen(images, run_folder)
     warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
     with watching() as watcher:
@@ -290,14 +291,13 @@ def run_demo(
 
 
 def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "Run":
-    from chanscale.data import open_images
-    from chanscale.pipeline import scale_and_select
+    from chanscale.pipeline import open_path, scale_and_select
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)
     warn_about_patients(
         # Without a name, so that they are not held through the run, which opens them itself.
-        open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames),
+        open_path(data, config),
         config.group_pattern,
         "who may then stand on two sides of the split",
     )

@@ -44,6 +44,12 @@ class FitConfig(BaseModel):
     frames: Frames = Field(
         "first", description="Of DICOM files with several frames: take the first, or all, each as an image."
     )
+    label_columns: str | None = Field(
+        None,
+        description="Of a CSV table: the columns that are labels, of which an image may have several, or none, separated "
+        "by commas; each holds 1, 0, or nothing where it is unknown. Default: where there is no column label, all but "
+        "path, group and split.",
+    )
     positive: str | None = Field(
         None, description="Class that counts as positive when there are two; default: the last in order."
     )
@@ -196,6 +202,13 @@ class FitConfig(BaseModel):
             return self.threshold
         return 0.0 if self.penalty == "proximal" else 0.01
 
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The columns that are labels, if they are named."""
+        if self.label_columns is None:
+            return None
+        return tuple(name.strip() for name in self.label_columns.split(","))
+
     @model_validator(mode="after")
     def _shares_leave_training_images(self) -> Self:
         if self.validation + self.test >= 0.9:
@@ -215,7 +228,7 @@ class FitConfig(BaseModel):
 
     def already_opened(self) -> Self:
         """Return the options for an `ImageSet`, whose class order and patients are settled: no option says them."""
-        return self.model_copy(update={"positive": None, "group_pattern": None})
+        return self.model_copy(update={"positive": None, "group_pattern": None, "label_columns": None})
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> Self:

@@ -13,6 +13,7 @@ from chanscale.config import FitConfig
 from chanscale.conformal import PredictionSets, find_prediction_sets, require_enough
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
+from chanscale.errors import ConfigError
 from chanscale.evaluation import Evaluation, predict_logits
 from chanscale.metrics import Estimate, Floats, Metric
 from chanscale.operating_point import OperatingPoint, find_operating_point, require_positives
@@ -42,12 +43,23 @@ class DecisionRules:
 def require_support(config: FitConfig, images: DecodedImages, splits: Splits) -> None:
     """Raise ConfigError where the validation images are too few for what `config` asks: before training, not after."""
     classes = len(images.images.classes)
+    if images.images.is_multilabel:
+        _refuse_for_labels(config)
+        return
     labels = [images.images.records[index].label for index in splits.validation]
     counts = np.bincount(labels, minlength=classes).tolist()
     if config.sensitivity is not None:
         require_positives(classes, counts[1])
     if config.coverage is not None:
         require_enough(counts, config.coverage)
+
+
+def _refuse_for_labels(config: FitConfig) -> None:
+    for name in ("sensitivity", "coverage"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"`{name}` is for images of one class each, and these have several labels; leave it out"
+            )
 
 
 def settle_rules(
@@ -66,22 +78,23 @@ def settle_rules(
         return model, DecisionRules()
     logits, labels = predict_logits(model, images, splits.validation, progress=progress)
     temperature = find_temperature(logits, labels) if config.calibrate else NOT_ASKED
-    shares = temper(logits, temperature.value)
+    shares = temper(logits, temperature.value, multilabel=model.multilabel)
     point = None if config.sensitivity is None else find_operating_point(shares, labels, config.sensitivity)
     sets = None if config.coverage is None else find_prediction_sets(shares, labels, config.coverage)
     folded = model if temperature.value == 1 else fold_temperature(model, temperature.value)
     return folded, DecisionRules(temperature, point, sets)
 
 
-def temper(logits: Floats, temperature: float) -> Floats:
+def temper(logits: Floats, temperature: float, *, multilabel: bool) -> Floats:
     """Return the probabilities (N, K) of logits that are divided by `temperature`, in fp32."""
-    shares: Floats = probabilities(torch.from_numpy(logits / np.float32(temperature))).numpy()
+    divided = torch.from_numpy(logits / np.float32(temperature))
+    shares: Floats = probabilities(divided, multilabel=multilabel).numpy()
     return shares
 
 
 def judge_temperature(judged: Evaluation, temperature: float) -> Figures:
     """Return the calibration `before` and `after` a temperature that is folded into the model that was judged."""
-    before = temper(judged.logits, 1 / temperature)
+    before = temper(judged.logits, 1 / temperature, multilabel=judged.labels.ndim == 2)
     return {
         "before": _to_dicts(judge_calibration(before, judged.labels, judged.groups)),
         "after": _to_dicts(judge_calibration(judged.probabilities, judged.labels, judged.groups)),

@@ -22,6 +22,7 @@ from chanscale.classifier import Classifier, LeftOut, assemble, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import TrunkCost, trunk_cost
 from chanscale.cutting_points import Cut, cut_trunk, find_cuts
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.devices import on_device
@@ -114,7 +115,9 @@ def end_trunk(model: Classifier, depth: Depth, example: Tensor) -> Classifier:
     if depth.layer is None:
         return model
     trunk = cut_trunk(model.trunk, depth.without)
-    shorter = to_channels_last(assemble(model.preprocessing, trunk, example, classes=model.classes))
+    shorter = to_channels_last(
+        assemble(model.preprocessing, trunk, example, classes=model.classes, multilabel=model.multilabel)
+    )
     whole, left = (trunk_cost(net, (), example) for net in (model, shorter))
     shorter.left_out = LeftOut(
         whole.original("parameters") - left.parameters(), whole.original("macs") - left.macs()
@@ -127,10 +130,16 @@ def cross_validate(
 ) -> float:
     """Return the mean AUC of logistic regressions on `features` (N, C), tested on `groups` they have not seen.
 
-    `labels`, `groups`: (N,). Five folds, drawn four times; fewer where a class has fewer groups. nan where one has but
-    one, or a feature is not finite.
+    `labels`, `groups`: (N,). Of several labels (N, K), the mean over them, each where it is known. Five folds, drawn
+    four times; fewer where a class has fewer groups. nan where one has but one, or a feature is not finite.
     """
     x, y = features.numpy(), labels.numpy()
+    if y.ndim == 2:
+        aucs = [
+            cross_validate(features[known], labels[known, label], groups[known], classes=2, seed=seed)
+            for label, known in enumerate((y != UNKNOWN).T)
+        ]
+        return float("nan") if np.isnan(aucs).all() else float(np.nanmean(aucs))
     folds = min(FOLDS, *(len(set(groups[y == label])) for label in range(classes)))
     if folds < 2 or not np.isfinite(x).all():
         return float("nan")
@@ -192,14 +201,12 @@ def _find_named(layer: str, cuts: Sequence[Cut]) -> Depth:
 
 def _sample(data: DecodedImages, train: Sequence[int]) -> list[int]:
     """Return about `READ` of the images, each class with its share; of one that is rare, all."""
-    labels = data.images.labels[list(train)]
-    ordered = np.array(train)[np.argsort(labels, kind="stable")]
+    strata = data.images.strata[list(train)]
+    ordered = np.array(train)[np.lexsort(~strata.T[::-1])]
     step = -(-len(train) // READ)
     chosen = {int(index) for index in ordered[::step]}
-    rare = [
-        index for index, label in zip(train, labels, strict=True) if np.sum(labels == label) < RARE * step
-    ]
-    return sorted(chosen | set(rare))
+    rare = strata[:, strata.sum(0) < RARE * step].any(1)
+    return sorted(chosen | set(np.array(train)[rare].tolist()))
 
 
 def features_behind(

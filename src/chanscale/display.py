@@ -189,6 +189,9 @@ def describe_evaluation(judged: Mapping[str, Any]) -> Table:
         table.add_row(Text(name), f"{judged[name]:.3f}", f"{low:.3f} to {high:.3f}")
     for name, figure in _name_rules(judged).items():
         table.add_row(Text(name), f"{figure['value']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
+    for name, told in judged.get("labels", {}).items():
+        auc, what = told["auc"], f"auc of {printable(name)} ({told['positives']} of {told['known']})"
+        table.add_row(Text(what), f"{auc['value']:.3f}", f"{auc['low']:.3f} to {auc['high']:.3f}")
     return table
 
 

@@ -34,6 +34,7 @@ class Ensemble(nn.Module):
         if not members:
             raise ConfigError("an ensemble needs one model at least. Got none.")
         self.members, self.classes = nn.ModuleList(members), tuple(classes)
+        self.multilabel = False  # no cross-validation is of several labels
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the mean probabilities, in fp32."""

@@ -85,12 +85,13 @@ def _show(found: "Findings", table: Path | None) -> None:
 
 
 def _row(pair: "Finding", classes: tuple[str, ...]) -> tuple[str, ...]:
+    from chanscale.data.sources import describe_label
     from chanscale.explain.places import shown_name
 
     how = [word for word, so in (("mirrored", pair.mirrored), ("inverted", pair.inverted)) if so]
     cells = (
         pair.first.name, pair.second.name, ", ".join([*pair.kinds, *how]), _both(*pair.sides),
-        _both(classes[pair.first.label], classes[pair.second.label]), f"{pair.agreement:.2f}",
+        _both(describe_label(pair.first, classes), describe_label(pair.second, classes)), f"{pair.agreement:.2f}",
     )  # fmt: skip
     return tuple(shown_name(cell) for cell in cells)
 

@@ -43,7 +43,7 @@ class Learner:
         self.sample = splits.train[:: -(-len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
         labels, classes = data.images.labels[np.asarray(splits.train)], len(data.images.classes)
-        self.weights = class_weights(labels, classes) if config.balance else torch.ones(classes)
+        self.weights = class_weights(labels, classes) if config.balance else None
 
     def start_epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the training batches of `epoch`; layers that draw at random draw what that epoch would draw."""
@@ -59,8 +59,7 @@ class Learner:
         images, labels = self.fabric.to_device((self._augment(batch.images, epoch, done), batch.labels))
         with self.fabric.autocast():
             maps = torch.cat([model.feature_map(part) for part in images.split(self.config.micro_batch)])
-            losses = classification_loss(model.head(maps), labels)
-            loss = (losses * self.weights.to(losses)[labels]).mean()
+            loss = classification_loss(model.head(maps), labels, self.weights).mean()
         self.fabric.backward(loss)
         total = float(loss.detach())
         if not math.isfinite(total):
@@ -90,7 +89,8 @@ class Learner:
             raise TrainingError(
                 "the outputs on the validation images are not finite; use --precision 32-true, or a lower --head-lr"
             )
-        auc = mean_auc(probabilities(logits).cpu().numpy(), labels.cpu().numpy())
+        shares = probabilities(logits, multilabel=model.multilabel)
+        auc = mean_auc(shares.cpu().numpy(), labels.cpu().numpy())
         return {"validation_loss": float(classification_loss(logits, labels).mean()), "validation_auc": auc}
 
     def centre(self, model: Classifier) -> None:
@@ -98,9 +98,10 @@ class Learner:
 
         The epoch is chosen by AUC; what is called positive, at a probability of 0.5, needs an intercept. With more
         than two classes none is fitted: the intercepts then decide which class wins, and change the AUC too. But where
-        the loss was weighed by class, they have to be: the odds are no longer those of the images.
+        the loss was weighed by class, they have to be: the odds are no longer those of the images. Several labels have
+        an intercept each.
         """
-        if model.head.linear.out_features > 1 and not self.config.balance:
+        if model.head.linear.out_features > 1 and not model.multilabel and not self.config.balance:
             return
         shift = fit_intercept(*self._validation_logits(model))
         with torch.no_grad():
@@ -125,7 +126,7 @@ class Learner:
 
 
 def fit_intercept(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the shift of `logits` (N, outputs) with the least cross-entropy on `labels` (N,); (outputs,)."""
+    """Return the shift of `logits` (N, outputs) with the least cross-entropy on `labels` (N,) or (N, K); (outputs,)."""
     shift = torch.zeros(logits.shape[1], device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([shift], max_iter=50, line_search_fn="strong_wolfe")
 

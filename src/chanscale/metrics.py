@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.errors import DataError
 
 Floats = NDArray[np.floating[Any]]
@@ -28,17 +30,41 @@ class Estimate:
         return asdict(self)
 
 
+def as_pairs(probabilities: Floats, labels: Ints) -> tuple[Floats, Ints]:
+    """Return several labels (N, K) as questions of two answers, probabilities (M, 2) and labels (M,): those known.
+
+    Labels (N,) of one class an image are that already, and come back as they are.
+    """
+    if labels.ndim == 1:
+        return probabilities, labels
+    known = labels != UNKNOWN
+    return np.stack([1 - probabilities[known], probabilities[known]], axis=1), labels[known]
+
+
 def mean_auc(probabilities: Floats, labels: Ints) -> float:
     """Area under the ROC curve; for more than two classes the mean of each against the rest.
 
-    `probabilities` (N, K), `labels` (N,). nan when a class is missing.
+    `probabilities` (N, K), `labels` (N,). nan when a class is missing. Of several labels (N, K), the mean over those
+    of which there are images with and without; where a label is unknown, the image is left out for it.
     """
+    if labels.ndim == 2:
+        aucs = [label_auc(probabilities, labels, label) for label in range(labels.shape[1])]
+        return float(np.mean(defined)) if (defined := [auc for auc in aucs if auc == auc]) else float("nan")
     classes = probabilities.shape[1]
     if len(np.unique(labels)) < classes:
         return float("nan")
     if classes == 2:
         return area_under_roc(probabilities[:, 1], labels == 1)
     return float(np.mean([area_under_roc(probabilities[:, k], labels == k) for k in range(classes)]))
+
+
+def label_auc(probabilities: Floats, labels: Ints, label: int) -> float:
+    """Area under the ROC curve of one of several labels (N, K), over images where it is known; nan if all are alike."""
+    known = labels[:, label] != UNKNOWN
+    positive = labels[known, label] == 1
+    if not 0 < positive.sum() < len(positive):
+        return float("nan")
+    return area_under_roc(probabilities[known, label], positive)
 
 
 def area_under_roc(scores: Floats, positive: NDArray[np.bool_]) -> float:
@@ -53,7 +79,8 @@ def area_under_roc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 
 
 def accuracy(probabilities: Floats, labels: Ints) -> float:
-    """Share of images whose most probable class is theirs."""
+    """Share of images whose most probable class is theirs; of several labels, share of the known ones that are right."""
+    probabilities, labels = as_pairs(probabilities, labels)
     return float(np.mean(probabilities.argmax(1) == labels))
 
 
@@ -67,10 +94,17 @@ def specificity(probabilities: Floats, labels: Ints) -> float:
     return _share_called(probabilities, labels, 0)
 
 
-def metrics_for(classes: int) -> dict[str, Metric]:
+def metrics_for(classes: int, *, multilabel: bool = False) -> dict[str, Metric]:
     """Return the figures that make sense for this many classes, by name."""
     common: dict[str, Metric] = {"auc": mean_auc, "accuracy": accuracy}
-    return common | ({"sensitivity": sensitivity, "specificity": specificity} if classes == 2 else {})
+    if multilabel or classes > 2:
+        return common
+    return common | {"sensitivity": sensitivity, "specificity": specificity}
+
+
+def label_metrics(classes: int) -> dict[str, Metric]:
+    """Return the AUC of each of several labels, by its number."""
+    return {str(label): partial(label_auc, label=label) for label in range(classes)}
 
 
 def estimate(

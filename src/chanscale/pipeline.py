@@ -186,14 +186,14 @@ def warn_of_imbalance(config: FitConfig, images: DecodedImages, splits: Splits) 
     """Say so when a class is so rare among the training images that it may never be the most probable one."""
     if config.balance:
         return
-    labels, names = images.images.labels[np.asarray(splits.train)], images.images.classes
-    counts = np.bincount(labels, minlength=len(names))
-    if counts.max() >= RARE * counts.min():
+    strata, names = images.images.strata[np.asarray(splits.train)], images.images.classes
+    counts = strata.sum(0)
+    if counts.max() >= RARE * counts[: len(names)].min():
         _log.warning(
             "of %d training images, %d are %s: a class so rare may never be the most probable one; "
             "consider --balance%s",
-            len(labels), counts.min(), names[int(counts.argmin())],
-            ", and --sensitivity" if len(names) == 2 else "",
+            len(strata), counts[: len(names)].min(), names[int(counts[: len(names)].argmin())],
+            ", and --sensitivity" if len(names) == 2 and not images.images.is_multilabel else "",
         )  # fmt: skip
 
 
@@ -245,9 +245,9 @@ def _identify(original: Original) -> dict[str, Any]:
 
 def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher) -> DecodedImages:
     """Open and decode the images as `config` says. Raises DataError."""
-    if isinstance(data, ImageSet) and (config.positive or config.group_pattern):
+    if isinstance(data, ImageSet) and config != config.already_opened():
         raise ConfigError(
-            "`positive` and `group_pattern` say how to open a path; open_images has both for an ImageSet"
+            "`positive`, `group_pattern` and `label_columns` say how to open a path; an ImageSet is open already"
         )
     images = data if isinstance(data, ImageSet) else open_path(Path(data), config)
     return decode_images(
@@ -263,11 +263,16 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
 def open_path(path: Path, config: FitConfig) -> ImageSet:
     """List the images of a folder, table or array file as `config` says. Raises DataError, ConfigError."""
     open_as = partial(
-        open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames
-    )
+        open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames,
+        label_columns=config.columns,
+    )  # fmt: skip
     images = open_as()
     if config.positive is None:
         return images
+    if images.is_multilabel:
+        raise ConfigError(
+            "`positive` is for images of one class each, and these have several labels; leave it out"
+        )
     others = tuple(name for name in images.classes if name != config.positive)
     if len(images.classes) != 2 or len(others) != 1:
         raise ConfigError(
@@ -291,9 +296,11 @@ def open_classifier(
         model, example, preprocessing=preprocessing, weights=config.weights, progress=watcher.on_step
     )
     torch.manual_seed(config.seed)
-    classifier = to_channels_last(
-        assemble(original.preprocessing, original.trunk, example, classes=images.images.classes)
-    )
+    whole = assemble(
+        original.preprocessing, original.trunk, example, classes=images.images.classes,
+        multilabel=images.images.is_multilabel,
+    )  # fmt: skip
+    classifier = to_channels_last(whole)
     watcher.on_step("finding channel groups", 0, 1)
     groups = channel_groups(classifier, example)
     watcher.on_step("finding channel groups", 1, 1)
@@ -314,6 +321,7 @@ def describe_model(
         head=original.head,
         without=depth.without,
         rebuilt_by="name" if original.can_be_rebuilt else "program",
+        multilabel=images.images.is_multilabel,
     )
 
 
@@ -351,7 +359,8 @@ def describe_test(judged: Evaluation | None, images: DecodedImages, splits: Spli
     figures = {name: estimate.to_dict() for name, estimate in judged.estimates.items()}
     patients = len({images.images.records[index].group for index in splits.test})
     known = {"patients": patients} if images.images.has_groups else {}
-    return {**figures, "n": len(judged.labels), **known}
+    labels = {"labels": judged.describe_labels()} if judged.by_label else {}
+    return {**figures, "n": len(judged.labels), **known, **labels}
 
 
 def judge_head(

@@ -40,7 +40,7 @@ class Predictions:
 
     `operating_point`, `prediction_sets`: the model's rules to read them by, where it has any. `verdicts`: whether each
     image is like those of training; None where no detector was asked. With `abstain`, an image that is not, and a near
-    tie, is of no class.
+    tie, is of no class. `multilabel`: an image may be of several classes, or of none.
     """
 
     names: tuple[str, ...]
@@ -51,11 +51,15 @@ class Predictions:
     prediction_sets: PredictionSets | None = None
     verdicts: tuple[Verdict, ...] | None = None
     abstain: bool = False
+    multilabel: bool = False
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        """The most probable class of each image, or "uncertain" where the model abstains."""
-        classes = tuple(self.classes[index] for index in self.probabilities.argmax(1))
+        """The most probable class of each image, or "uncertain" where the model abstains.
+
+        Of several labels, those that are more probable than not, as in `effusion|mass`, or "none".
+        """
+        classes = tuple(self._name(row) for row in self.probabilities)
         if not self.abstain or self.verdicts is None:
             return classes
         told = zip(classes, self.verdicts, strict=True)
@@ -111,6 +115,11 @@ class Predictions:
         known = {name: values for name, values in told.items() if values is not None}
         return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
+    def _name(self, row: NDArray[np.float32]) -> str:
+        if self.multilabel:
+            return "|".join(self.classes[k] for k in np.flatnonzero(row > 0.5)) or "none"
+        return self.classes[row.argmax()]
+
     def _columns(self) -> dict[str, Sequence[str]]:
         """Return the cells of the table, by column."""
         columns: dict[str, Sequence[str]] = {"image": self.names, "predicted": self.predicted}
@@ -158,7 +167,7 @@ def predict_images(
         probabilities, verdicts = judged.probabilities, judged.verdicts
     return Predictions(
         tuple(record.name for record in data.images.records), info.classes, probabilities, data.images.skipped,
-        info.operating_point, info.prediction_sets, verdicts, abstain,
+        info.operating_point, info.prediction_sets, verdicts, abstain, info.multilabel,
     )  # fmt: skip
 
 

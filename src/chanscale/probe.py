@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from chanscale.classifier import Classifier
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.loading import BatchLoader, DecodedImages, Progress
 from chanscale.errors import TrainingError
 from chanscale.heads import standardise
@@ -26,8 +27,8 @@ def fit_probe(model: Classifier, data: DecodedImages, indices: Sequence[int], *,
 def fit_head(model: Classifier, features: Tensor, labels: Tensor, *, c: float = STRENGTH) -> None:
     """Set the head of `model`, in place, to a logistic regression on standardised `features` (N, C).
 
-    `labels`: (N,). `c`: inverse strength of the L2 penalty, as in scikit-learn. Raises TrainingError when
-    a feature is not finite.
+    `labels`: (N,), or (N, K) of several labels, each with a regression on the images where it is known. `c`: inverse
+    strength of the L2 penalty, as in scikit-learn. Raises TrainingError when a feature is not finite.
     """
     if not features.isfinite().all():
         raise TrainingError(
@@ -36,10 +37,19 @@ def fit_head(model: Classifier, features: Tensor, labels: Tensor, *, c: float = 
     head = model.head
     head.set_statistics(features.to(head.mean.device))
     standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy()
-    fitted = regress(standardised, labels.numpy(), c=c)
+    weight, bias = _fit_linear(standardised, labels.numpy(), c=c)
     with torch.no_grad():
-        head.linear.weight.copy_(torch.from_numpy(fitted.coef_))
-        head.linear.bias.copy_(torch.from_numpy(fitted.intercept_))
+        head.linear.weight.copy_(torch.from_numpy(weight))
+        head.linear.bias.copy_(torch.from_numpy(bias))
+
+
+def _fit_linear(features: Floats, labels: Ints, *, c: float) -> tuple[Floats, Floats]:
+    """Return the weights (outputs, C) and intercepts (outputs,) of logistic regressions."""
+    if labels.ndim == 1:
+        fitted = regress(features, labels, c=c)
+        return fitted.coef_, fitted.intercept_
+    each = [regress(features[own != UNKNOWN], own[own != UNKNOWN], c=c) for own in labels.T]
+    return np.concatenate([one.coef_ for one in each]), np.concatenate([one.intercept_ for one in each])
 
 
 def regress(features: Floats, labels: Ints, *, c: float = STRENGTH) -> LogisticRegression:
@@ -64,7 +74,7 @@ def pooled_features(
     batch_size: int,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the head's pooled features (N, C), in fp32 on the CPU, and the labels (N,) of some images."""
+    """Return the head's pooled features (N, C), in fp32 on the CPU, and the labels (N,) or (N, K) of some images."""
     model.eval()
     device = model.head.mean.device
     features, labels = [], []

@@ -34,9 +34,17 @@ class Program(nn.Module):
     Made for colour, it takes grey images too, and replicates them.
     """
 
-    def __init__(self, graph: nn.Module, classes: tuple[str, ...], *, channels: int, image_size: int) -> None:
+    def __init__(
+        self,
+        graph: nn.Module,
+        classes: tuple[str, ...],
+        *,
+        channels: int,
+        image_size: int,
+        multilabel: bool = False,
+    ) -> None:
         super().__init__()
-        self.graph, self.classes = graph, classes
+        self.graph, self.classes, self.multilabel = graph, classes, multilabel
         self.channels, self.image_size = channels, image_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -104,7 +112,13 @@ def pack_program(program: ExportedProgram) -> bytes:
 
 
 def load_program(
-    path: Path, classes: tuple[str, ...], *, digest: str | None, channels: int, image_size: int
+    path: Path,
+    classes: tuple[str, ...],
+    *,
+    digest: str | None,
+    channels: int,
+    image_size: int,
+    multilabel: bool = False,
 ) -> Program:
     """Return the program in a file, in eval, if its SHA-256 is `digest`. Nothing of it is unpickled but tensors.
 
@@ -123,7 +137,8 @@ def load_program(
             graph = torch.export.load(io.BytesIO(content)).module()
     except Exception as error:  # a damaged archive makes torch raise whatever it comes to first
         raise ArtifactError(f"{path} is no program ({one_line(error)[:150]}); {advice}") from error
-    return Program(graph, classes, channels=channels, image_size=image_size).train(False)
+    program = Program(graph, classes, channels=channels, image_size=image_size, multilabel=multilabel)
+    return program.train(False)
 
 
 def _require_plain(content: bytes) -> None:

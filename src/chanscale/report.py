@@ -14,7 +14,7 @@ from rich.table import Table
 
 from chanscale.depth import END
 from chanscale.files import write_atomically
-from chanscale.wording import percent, shorten, size_on_disk
+from chanscale.wording import percent, printable, shorten, size_on_disk
 
 Row = Mapping[str, Any]
 Widths = Mapping[str, int]
@@ -120,6 +120,10 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     if images:
         patients = metrics.get("patients", images)
         text += f".\n{images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
+    if several := metrics.get("labels"):
+        text += ".\nAUC by label: " + ", ".join(
+            f"{printable(name)} {_value(told['auc'])}" for name, told in several.items()
+        )
     text += "".join(f".\n{line}" for line in _describe_rules(metrics))
     if protected := metrics["groups"]["protected"]:
         every = len(protected) + metrics["groups"]["prunable"]

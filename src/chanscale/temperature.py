@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
 from chanscale.classifier import Classifier
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.metrics import Floats, Ints
 
 Array = NDArray[np.float64]
@@ -47,10 +48,14 @@ NOT_ASKED = Temperature(1.0, 0, "it was not asked for")
 def find_temperature(logits: Floats, labels: Ints) -> Temperature:
     """Return the temperature between 0.1 and 10 that minimises the NLL of validation images.
 
-    `logits` (N, 1) of the second of two classes, or (N, K); `labels` (N,). The NLL is convex in 1 / T, so that the
+    `logits` (N, 1) of the second of two classes, or (N, K); `labels` (N,). Of several labels (N, K), all share one, and
+    each known one counts as an image. The NLL is convex in 1 / T, so that the
     minimum is the root of its slope, the same each time. It stays 1 with fewer than 20 images, and where all are
     right: then no T is best, as the NLL falls for ever when T does. `reason` also tells of a T at a bound.
     """
+    if labels.ndim == 2:
+        known = labels != UNKNOWN
+        logits, labels = logits[known][:, None], labels[known]
     columns, count = _with_all_classes(logits), len(labels)
     if count < FEWEST:
         return Temperature(1.0, count, f"{FEWEST} validation images are needed, and there are {count}")

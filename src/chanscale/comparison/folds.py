@@ -31,6 +31,11 @@ def split_for_cell(
     on has no 100 to choose by. With one fold, the sides are those that `fit` has with this seed. Raises SplitError,
     ConfigError.
     """
+    if images.is_multilabel:
+        raise ConfigError(
+            f"the images of {images.source} have several labels, and comparisons and cross-validations take one class "
+            "each; `fit` takes both"
+        )
     if folds == 1:
         splits = split_images(images, validation=validation, test=test, seed=seed)
     else:

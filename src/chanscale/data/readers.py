@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chanscale.data.images import IMAGE_SUFFIXES
+from chanscale.data.label_columns import OWN_COLUMNS, UNKNOWN, find_label_columns, read_labels
 from chanscale.data.listing import list_folders, list_images
 from chanscale.data.memory import free_memory
 from chanscale.errors import DataError, clip, one_line
@@ -30,7 +32,10 @@ _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
 @dataclass(frozen=True)
 class Row:
-    """One image as its source has it: the label and the patient in words, nothing checked across rows."""
+    """One image as its source has it: the label and the patient in words, nothing checked across rows.
+
+    `labels`: where it has several labels instead, whether each holds: 1, 0, or -1 where that is unknown.
+    """
 
     name: str
     label: str
@@ -38,17 +43,18 @@ class Row:
     split: Side | None = None
     path: Path | None = None
     pixels: NDArray[np.generic] | None = None
+    labels: Mapping[str, int] | None = None
 
 
-def read_rows(source: Path) -> list[Row]:
+def read_rows(source: Path, *, label_columns: Sequence[str] | None = None) -> list[Row]:
     """Read the rows of a folder, a `.csv` or a `.npz`, as `open_images` documents them. Raises DataError."""
-    rows = _read(source)
+    rows = _read(source, label_columns)
     if not rows:
         raise DataError(f"{source} holds no image; add some, or pass another source.")
     return rows
 
 
-def _read(source: Path) -> list[Row]:
+def _read(source: Path, label_columns: Sequence[str] | None) -> list[Row]:
     if not exists(source):
         raise DataError(
             f"{clip(str(source))} does not exist; wanted a folder of class folders, a .csv table or a .npz file."
@@ -56,7 +62,7 @@ def _read(source: Path) -> list[Row]:
     if source.is_dir():
         return _read_folder(source)
     if source.suffix.lower() == ".csv":
-        return _read_table(source)
+        return _read_table(source, label_columns)
     if source.suffix.lower() == ".npz":
         return _read_npz(source)
     raise DataError(f"wanted a folder of class folders, a .csv table or a .npz file, got {source}.")
@@ -79,30 +85,32 @@ def _read_folder(root: Path) -> list[Row]:
     return [Row(path.relative_to(root).as_posix(), folder.name, path=path) for path, folder in paths]
 
 
-def _read_table(table: Path) -> list[Row]:
+def _read_table(table: Path, label_columns: Sequence[str] | None) -> list[Row]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            columns = {name.strip().lower() for name in reader.fieldnames or () if name}
+            columns = tuple(_column(name) for name in reader.fieldnames or () if name)
             cells = [(reader.line_num, _clean(row)) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read the table {table}: {one_line(error)}") from error
-    if not {"path", "label"} <= columns:
-        raise DataError(
-            f"{table} must have the columns path and label (and may have group and split), "
-            f"got {clip(', '.join(sorted(columns))) or 'none'}."
-        )
+    several = find_label_columns(columns, label_columns, table)
     if not cells:
         raise DataError(f"{table} has a header but no row; add a line for each image.")
-    return [row for line, cell in cells for row in _to_rows(cell, table, line)]
+    return [row for line, cell in cells for row in _to_rows(cell, table, line, several)]
+
+
+def _column(name: str) -> str:
+    """Return a column's name: ours in small letters, whatever they are written in; others as they are."""
+    name = name.strip()
+    return name.lower() if name.lower() in OWN_COLUMNS else name
 
 
 def _clean(row: dict[str, str | None]) -> dict[str, str]:
     # DictReader puts surplus cells under the key None, as a list.
-    return {key.strip().lower(): (value or "").strip() for key, value in row.items() if isinstance(key, str)}
+    return {_column(key): (value or "").strip() for key, value in row.items() if isinstance(key, str)}
 
 
-def _to_rows(row: dict[str, str], table: Path, line: int) -> list[Row]:
+def _to_rows(row: dict[str, str], table: Path, line: int, several: Sequence[str]) -> list[Row]:
     """Return the image of a line, or all images of the folder or `.npz` that a line without a label names."""
     where = f"{table}, line {line}"
     if not row["path"]:
@@ -118,6 +126,8 @@ def _to_rows(row: dict[str, str], table: Path, line: int) -> list[Row]:
             f"{where}: the split must be one of {', '.join(SPLIT_WORDS)}, got {clip(row['split'])!r}."
         )
     path, group, split = table.parent / name, row.get("group") or None, SPLIT_WORDS.get(word)
+    if several:
+        return [Row(str(name), "", group, split, path, labels=read_labels(row, several, where))]
     if row["label"]:
         return [Row(str(name), row["label"], group, split, path)]
     if not ((exists(path) and path.is_dir()) or path.suffix.lower() == ".npz"):
@@ -163,14 +173,28 @@ def _require_memory(wanted: int, source: Path) -> None:
 
 def _read_npz_split(arrays: dict[str, NDArray[np.generic]], word: str, source: Path) -> list[Row]:
     images, labels = arrays[f"{word}_images"], arrays.get(f"{word}_labels", np.empty(0))
-    one_each = labels.shape in ((len(images),), (len(images), 1)) if images.ndim else False
-    if not one_each or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"{source}: wanted one whole number in {word}_labels for each of {word}_images, "
-            f"shape (N,) or (N, 1), got {labels.shape} of {labels.dtype} for images of shape {images.shape}."
-        )
+    _require_labels(images, labels, word, source)
     _require_memory(len(labels) * _ROW_BYTES, source)
-    pairs = enumerate(zip(images, labels.reshape(-1).tolist(), strict=True))
-    return [
-        Row(f"{word}/{i}", str(label), None, SPLIT_WORDS[word], None, image) for i, (image, label) in pairs
-    ]
+    side, one_each = SPLIT_WORDS[word], labels.size == len(images)
+    if one_each:
+        told = enumerate(zip(images, labels.reshape(-1).tolist(), strict=True))
+        return [Row(f"{word}/{i}", str(label), None, side, None, image) for i, (image, label) in told]
+    names = [str(column) for column in range(labels.shape[1])]
+    several = (dict(zip(names, own, strict=True)) for own in labels.tolist())
+    rows = enumerate(zip(images, several, strict=True))
+    return [Row(f"{word}/{i}", "", None, side, None, image, own) for i, (image, own) in rows]
+
+
+def _require_labels(
+    images: NDArray[np.generic], labels: NDArray[np.generic], word: str, source: Path
+) -> None:
+    """Raise DataError unless there is a whole number for each image, or several of 0, 1 and -1."""
+    fits = images.ndim > 0 and labels.ndim in (1, 2) and len(labels) == len(images)
+    one_each = fits and labels.size == len(images)
+    several = fits and labels.size > len(images) and set(np.unique(labels).tolist()) <= {0, 1, UNKNOWN}
+    if not (one_each or several) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{source}: wanted one whole number in {word}_labels for each of {word}_images, shape (N,) or (N, 1), or "
+            f"several of 0, 1 and -1 (unknown), shape (N, K), got {labels.shape} of {labels.dtype} for images of "
+            f"shape {images.shape}."
+        )

@@ -5,7 +5,7 @@ Nothing is decoded here; unreadable images come to light in `chanscale.data.load
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chanscale.config import Frames
 from chanscale.data.dicom import name_file, name_frame, read_header
 from chanscale.data.dicom_patients import load_key, rename_patient
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.readers import Row, Side, read_rows
 from chanscale.errors import DataError, clip
 from chanscale.files import is_file
@@ -27,7 +28,8 @@ class ImageRecord:
     """One labelled image, not decoded.
 
     `name` is unique within the set: the path relative to the root, or 'train/17' in an `.npz`. `label` is an
-    index into the classes. `group` is the patient, or the name itself where no patient is known. `split` is
+    index into the classes; where an image has several labels, `labels` says of each class whether it holds: 1, 0, or
+    -1 where that is unknown. `group` is the patient, or the name itself where no patient is known. `split` is
     the side that the source itself puts the image on. Either `path` or `pixels` is there. `frame`, from 1, is
     one of several of a DICOM file. `renamed`: the group is a patient of a DICOM header, under another name.
     """
@@ -40,6 +42,7 @@ class ImageRecord:
     pixels: NDArray[np.generic] | None = field(default=None, compare=False, repr=False)
     frame: int | None = None
     renamed: bool = False
+    labels: tuple[int, ...] = ()
 
     @property
     def has_patient(self) -> bool:
@@ -52,7 +55,7 @@ class ImageSet:
     """Labelled images of one source; `skipped` names those left out because they are unreadable.
 
     Classes are in alphabetical order (whole numbers: by value). With two classes, index 1 is the positive
-    one.
+    one. Where an image has several labels, each is a class, in the order of their columns.
     """
 
     source: Path
@@ -64,15 +67,35 @@ class ImageSet:
         return len(self.records)
 
     @property
+    def is_multilabel(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return any(record.labels for record in self.records)
+
+    @property
     def labels(self) -> NDArray[np.int64]:
-        """Class indices, shape (len,)."""
+        """Class indices, shape (len,); of several labels whether each holds, shape (len, K): 1, 0, or -1 if unknown."""
+        if self.is_multilabel:
+            return np.array([record.labels for record in self.records], dtype=np.int64)
         return np.array([record.label for record in self.records], dtype=np.int64)
+
+    @property
+    def strata(self) -> NDArray[np.bool_]:
+        """Of what kinds each image is, shape (len, S), in the order of `stratum_names`: what a split is to balance."""
+        labels = self.labels
+        if self.is_multilabel:
+            return np.hstack([labels == 1, labels == 0])
+        one_hot: NDArray[np.bool_] = labels[:, None] == np.arange(len(self.classes))
+        return one_hot
+
+    @property
+    def stratum_names(self) -> tuple[str, ...]:
+        """The kinds of images that a split is to balance: each class, and the absence of each of several labels."""
+        return self.classes + tuple(f"without {name}" for name in self.classes if self.is_multilabel)
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of images of each class, in class order."""
-        found = Counter(record.label for record in self.records)
-        return {name: found[index] for index, name in enumerate(self.classes)}
+        return dict(zip(self.classes, self.strata.sum(0).tolist(), strict=False))
 
     @property
     def has_groups(self) -> bool:
@@ -108,6 +131,14 @@ class ImageSet:
         return replace(self, records=kept, skipped=self.skipped + tuple(names))
 
 
+def describe_label(record: ImageRecord, classes: Sequence[str]) -> str:
+    """Return the class of an image; of several labels those that hold, as `effusion|mass`, or unknown: `effusion?`."""
+    if not record.labels:
+        return classes[record.label]
+    told = zip(classes, record.labels, strict=True)
+    return "|".join(name + "?" * (holds == UNKNOWN) for name, holds in told if holds) or "none"
+
+
 def open_images(
     path: Path | str,
     *,
@@ -115,6 +146,7 @@ def open_images(
     classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
     frames: Frames = "first",
+    label_columns: Sequence[str] | None = None,
 ) -> ImageSet:
     """List the images and labels of a folder, a table or an array file.
 
@@ -123,7 +155,10 @@ def open_images(
     - A `.csv` has the columns path and label, and may have group and split (train, val or validation, test).
       Paths are relative to the table and stay below its folder, so that the two can be moved together. A line
       without a label names a folder or an `.npz`, whose images come with their own labels, groups and splits.
-    - A `.npz` has MedMNIST's keys `{train,val,test}_{images,labels}`; its splits are the official ones.
+      Without a column label, or with `label_columns`, an image has several labels, a column for each: 1, 0, or
+      nothing (or -1) where it is unknown.
+    - A `.npz` has MedMNIST's keys `{train,val,test}_{images,labels}`; its splits are the official ones. Labels (N, K)
+      of 0, 1 and -1 are several of an image.
 
     `group_pattern` is searched in the file name (in the whole relative path if the pattern has a '/'); its
     first group, or else its whole match, names the patient. Else the PatientID of a DICOM file does, as a keyed
@@ -133,7 +168,7 @@ def open_images(
     where the key of the hash cannot be had.
     """
     source = Path(path)
-    rows = read_rows(source)
+    rows = read_rows(source, label_columns=label_columns)
     missing = [row.name for row in rows if row.path is not None and not is_file(row.path)]
     if missing and not skip_bad:
         advice = "Mend the links" if source.is_dir() else "Paths are relative to the table; correct them"
@@ -142,7 +177,7 @@ def open_images(
             f"{advice}, or leave these out with skip_bad (--skip-bad)."
         )
     _check_names(rows, source)
-    names = _order_classes({row.label for row in rows}) if classes is None else classes
+    names = _name_classes(rows, source) if classes is None else classes
     images = ImageSet(source, names, _to_records(rows, names, group_pattern, source, frames))
     images = images.without(missing) if missing else images
     if classes is None:
@@ -156,9 +191,19 @@ def _check_names(rows: list[Row], source: Path) -> None:
         raise DataError(
             f"{source} names {len(repeated)} images more than once, such as {clip(repeated[0])}. Keep one of each."
         )
-    foreign = [row.label for row in rows if printable(row.label) != row.label]
+    told = {word for row in rows for word in row.labels or (row.label,)}
+    foreign = sorted(word for word in told if printable(word) != word)
     if foreign:  # the model's file holds the classes, as text
         raise DataError(f"the class {clip(foreign[0])!r} of {source} is no valid UTF-8; rename its folder.")
+
+
+def _name_classes(rows: list[Row], source: Path) -> tuple[str, ...]:
+    several = {tuple(row.labels) for row in rows if row.labels is not None}
+    if not several:
+        return _order_classes({row.label for row in rows})
+    if len(several) > 1 or any(row.labels is None for row in rows):
+        raise DataError(f"{source} brings images of one label and of several together; keep one kind.")
+    return several.pop()
 
 
 def _order_classes(names: set[str]) -> tuple[str, ...]:
@@ -171,7 +216,8 @@ def _check_classes(images: ImageSet) -> None:
         raise DataError(
             f"{images.source} has only the class {clip(images.classes[0])!r}; wanted two or more."
         )
-    few = {name: count for name, count in images.counts.items() if count < 2}
+    counts = zip(images.stratum_names, images.strata.sum(0).tolist(), strict=True)
+    few = {name: count for name, count in counts if count < 2}
     if few:
         name, count = next(iter(few.items()))
         raise DataError(
@@ -199,22 +245,25 @@ def _to_records(
             f"{source} has a group column and group_pattern={group_pattern!r} was given; use one of them."
         )
     index = {name: i for i, name in enumerate(classes)}
-    unknown = sorted({row.label for row in rows} - index.keys())
+    unknown = sorted({name for row in rows for name in row.labels or (row.label,)} - index.keys())
     if unknown:
         raise DataError(
             f"{source} has the class {clip(unknown[0])!r}; wanted only {', '.join(map(repr, classes))}."
         )
-    records = [_to_record(row, index[row.label], pattern) for row in rows]
+    records = [_to_record(row, index, pattern) for row in rows]
     if frames == "all":
         records = [frame for record in records for frame in spread_frames(record)]
     return tuple(records)
 
 
-def _to_record(row: Row, label: int, pattern: re.Pattern[str] | None) -> ImageRecord:
+def _to_record(row: Row, index: Mapping[str, int], pattern: re.Pattern[str] | None) -> ImageRecord:
     group = _find_group(row, pattern)
     renamed = _rename_patient(row.path) if group is None and row.path is not None else None
     group = group or renamed or row.name
-    return ImageRecord(row.name, label, group, row.split, row.path, row.pixels, renamed=renamed is not None)
+    found = ImageRecord(row.name, 0, group, row.split, row.path, row.pixels, renamed=renamed is not None)
+    if row.labels is None:
+        return replace(found, label=index[row.label])
+    return replace(found, labels=tuple(row.labels.get(name, UNKNOWN) for name in index))
 
 
 def _rename_patient(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chanscale.data.dicom import name_file
 from chanscale.data.readers import Side
-from chanscale.data.sources import ImageSet
+from chanscale.data.sources import ImageSet, describe_label
 from chanscale.errors import ArtifactError, SplitError, clip, one_line
 from chanscale.files import write_atomically
 
@@ -86,7 +86,7 @@ def write_splits(path: Path, images: ImageSet, splits: Splits) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for index, record in enumerate(images.records):
-        writer.writerow((record.name, images.classes[record.label], record.group, side_of[index]))
+        writer.writerow((record.name, describe_label(record, images.classes), record.group, side_of[index]))
     write_atomically(path, text.getvalue())
 
 
@@ -104,7 +104,7 @@ def read_splits(path: Path, images: ImageSet) -> Splits:
             "use the images that the split was made for, or make a new split."
         )
     for record in images.records:
-        label, name = rows[record.name]["label"], images.classes[record.label]
+        label, name = rows[record.name]["label"], describe_label(record, images.classes)
         if label != name:
             raise SplitError(
                 f"{path} has {clip(record.name)} as {clip(label)!r}, {images.source} as {clip(name)!r}; "
@@ -137,9 +137,9 @@ def _draw(
     images: ImageSet, pool: NDArray[np.intp], shares: dict[int, float], rng: np.random.Generator
 ) -> NDArray[np.intp]:
     """Return the side of each image of the pool: a draw close to the shares, or the closest of many."""
-    labels = images.labels[pool]
+    strata = images.strata[pool]
     members = _index_groups([images.records[index].group for index in pool])
-    counts = np.array([np.bincount(labels[indices], minlength=len(images.classes)) for indices in members])
+    counts = np.array([strata[indices].sum(axis=0) for indices in members])
     targets = _find_targets(counts.sum(axis=0), shares)
     tolerance = np.maximum(1, _TOLERANCE * counts.sum(axis=0))
     best, least = np.zeros(len(members), dtype=np.intp), np.inf
@@ -201,16 +201,16 @@ def _check_groups(images: ImageSet, sides: NDArray[np.intp]) -> None:
 
 
 def _check_classes(images: ImageSet, sides: NDArray[np.intp], wanted: set[int]) -> None:
-    labels = images.labels
+    strata, names = images.strata, images.stratum_names
     for index, side in enumerate(SIDES):
-        present = set(labels[sides == index].tolist())
-        absent = [name for label, name in enumerate(images.classes) if label not in present]
-        if absent and (present or index in wanted):
-            label = images.classes.index(absent[0])
-            groups = len({record.group for record in images.records if record.label == label})
+        own = sides == index
+        absent = np.flatnonzero(~strata[own].any(axis=0))
+        if len(absent) and (own.any() or index in wanted):
+            members = np.flatnonzero(strata[:, absent[0]])
+            groups = len({images.records[member].group for member in members})
             raise SplitError(
                 f"no split of {images.source} was found with every class on every side: "
-                f"{side} has no {clip(absent[0])!r}, which has {groups} group{'' if groups == 1 else 's'} "
+                f"{side} has no {clip(names[absent[0]])!r}, which has {groups} group{'' if groups == 1 else 's'} "
                 "(patients, or single images). Add images, change the shares, or use test=0."
             )
 

@@ -108,7 +108,7 @@ def answer_image(survey: Survey, index: int, *, top: int, method: Method) -> Ans
     """Explain what the model says of one image. Raises ConfigError without captum, ModelError."""
     classes = survey.info.classes
     shares = dict(zip(classes, survey.shares[index].tolist(), strict=True))
-    subject = name_subject(classes, int(survey.shares[index].argmax()))
+    subject = name_subject(survey.info, int(survey.shares[index].argmax()))
     answer = Answer(
         name=survey.images.images.records[index].name,
         index=index,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from chanscale.artifact import ModelInfo
 from chanscale.classifier import Classifier
 from chanscale.explain.decomposition import Decomposition
 from chanscale.explain.saliency import grad_cam, integrated_gradients
@@ -37,12 +38,14 @@ class Evidence:
     relative: bool = False
 
 
-def name_subject(classes: tuple[str, ...], winner: int) -> Subject:
+def name_subject(info: ModelInfo, winner: int) -> Subject:
     """Return what is explained: of two classes always the log-odds of the second, else the logit of the winner."""
-    if len(classes) == 2:
+    classes = info.classes
+    if info.is_binary:
         return Subject(0, classes[1], classes[0], f"the log-odds of {classes[1]}")
     name = classes[winner]
-    return Subject(winner, name, f"not {name}", f"the logit of {name}")
+    what = "log-odds" if info.multilabel else "logit"
+    return Subject(winner, name, f"not {name}", f"the {what} of {name}")
 
 
 def show_class_map(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from chanscale.data.sources import describe_label
 from chanscale.errors import ConfigError
 from chanscale.explain.answers import Answer, answer_image, picture_of
 from chanscale.explain.evidence import Method
@@ -152,4 +153,4 @@ def _describe(patch: Patch, number: int, survey: Survey) -> dict[str, Any]:
 
 
 def _class_of(patch: Patch, survey: Survey) -> str:
-    return survey.info.classes[patch.record.label]
+    return describe_label(patch.record, survey.info.classes)

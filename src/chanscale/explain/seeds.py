@@ -86,6 +86,10 @@ def measure_stability(
         )
     loaded = [_load(file) for file in files]
     _require_alike(files, [info for _, info in loaded])
+    if loaded[0][1].multilabel:
+        raise ConfigError(
+            "runs are compared where an image has one class each, and these tell several labels"
+        )
     metrics = read_metrics(files[0].with_name("metrics.json"))
     widths = find_widths(metrics, *loaded[0])
     own = [open_own_images(Path(data), file, info) for file, (_, info) in zip(files, loaded, strict=True)]
@@ -150,7 +154,7 @@ def _ask(
     maps, logits = [], []
     for batch in BatchLoader(shown, range(len(shown)), batch_size=16).epoch():
         parts = decompose(model.head, model.feature_map(batch.images))
-        target = torch.zeros_like(batch.labels) if len(info.classes) == 2 else batch.labels
+        target = torch.zeros_like(batch.labels) if info.is_binary else batch.labels
         rows = torch.arange(len(target))
         maps += list(parts.class_maps[rows, target] - usual.class_maps[0, target])
         logits.append(parts.logits)

@@ -50,7 +50,7 @@ class Survey:
     @property
     def shares(self) -> Tensor:
         """Probabilities (N, K)."""
-        return probabilities(self.logits)
+        return probabilities(self.logits, multilabel=self.model.multilabel)
 
     def circuit(self, channel: int) -> Circuit:
         """Return what feeds a channel of the last map."""

@@ -48,7 +48,7 @@ def predict_image(model: Classifier | Program, info: ModelInfo, image: Pixels) -
     """Return the probabilities (1, K) of an image (C, H, W), 16 bits, the way `chanscale predict` finds them."""
     resized = read_image(np.moveaxis(image, 0, -1), size=info.image_size)
     images = torch.from_numpy(resized.astype(np.float32)).div_(FULL_RANGE)[None]
-    found: Floats = probabilities(model(images)).numpy()
+    found: Floats = probabilities(model(images), multilabel=model.multilabel).numpy()
     return found
 
 

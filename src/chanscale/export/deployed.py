@@ -26,7 +26,7 @@ class DeployedClassifier(nn.Module):
     Input: (N, 1 or 3, H, W), values 0 to 255, any height and width; of a 16-bit image, value / 257. A network that is
     `grey_only` takes (N, 1, H, W). Two channels are no image, which a graph cannot say. Output: probabilities (N, K),
     and, where the trunk ends in maps, the class map (N, M, h, w), whose mean over h and w is the logit: M = 1 for two
-    classes (for the second of them), else K.
+    classes (for the second of them) of which an image has one, else K.
     """
 
     def __init__(self, network: Classifier | Program, *, image_size: int, grey_only: bool) -> None:
@@ -43,9 +43,9 @@ class DeployedClassifier(nn.Module):
         if not self.grey_only:  # one channel becomes three, three stay
             images = torch.cat([images] * 3, 1)[:, :3]
         if isinstance(self.network, Program):
-            return (probabilities(self.network.graph(images)),)
+            return (probabilities(self.network.graph(images), multilabel=self.network.multilabel),)
         features = self.network.feature_map(images)
-        found = probabilities(self.network.head(features))
+        found = probabilities(self.network.head(features), multilabel=self.network.multilabel)
         return (found, self.network.head.class_map(features)) if features.dim() > 2 else (found,)
 
 

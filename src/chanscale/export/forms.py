@@ -78,7 +78,7 @@ def export_run(
     if form == "web":
         page = build_page(
             graph, target, classes=info.classes, name=file.absolute().parent.name, channels=info.channels,
-            grey_only=takes_grey_alone(model, info), notice=NOTICE, progress=progress,
+            grey_only=takes_grey_alone(model, info), multilabel=info.multilabel, notice=NOTICE, progress=progress,
         )  # fmt: skip
         return _describe(page, agreement)
     if own and int8:

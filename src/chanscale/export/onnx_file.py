@@ -59,6 +59,7 @@ def describe_graph(info: ModelInfo) -> dict[str, Any]:
         "chanscale": __version__,
         "backbone": info.network,
         "classes": list(info.classes),
+        "multilabel": info.multilabel,
         "image_size": info.image_size,
         "input": f"{INPUT}: float32 (batch, channels, height, width), 0 to {WHITE:.0f}; of 16 bits, value / 257",
         "notice": NOTICE,

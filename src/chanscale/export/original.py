@@ -29,8 +29,7 @@ def deploy_original(
     )
     preprocessing = Preprocessing.from_dict({**info.preprocessing, "folded": False})
     example = torch.zeros(2, info.channels, info.image_size, info.image_size)
-    whole = to_channels_last(assemble(preprocessing, trunk, example, classes=info.classes)).requires_grad_(
-        False
-    )
+    whole = assemble(preprocessing, trunk, example, classes=info.classes, multilabel=info.multilabel)
+    whole = to_channels_last(whole).requires_grad_(False)
     flush_denormals(whole)
     return DeployedClassifier(whole, image_size=image_size, grey_only=False).eval()

@@ -79,21 +79,22 @@ def build_page(
     name: str,
     channels: int,
     grey_only: bool,
+    multilabel: bool = False,
     notice: str,
     progress: Progress | None = None,
 ) -> Path:
     """Write the page for an ONNX model to `folder`, whole or not at all, and return it.
 
     `model`: input `pixels` (N, 1 or 3, H, W), 0 to 255; outputs `probabilities` (N, K) and, if it has one, `class_map`
-    (N, M, h, w). `channels`: of the images it was trained on; `grey_only`: it takes no others than grey ones. `name`
-    and `notice` are shown as text. Raises ArtifactError, also when `folder` is there already or the runtime is not to
-    be had.
+    (N, M, h, w). `channels`: of the images it was trained on; `grey_only`: it takes no others than grey ones;
+    `multilabel`: an image may have several of the classes, or none. `name` and `notice` are shown as text. Raises
+    ArtifactError, also when `folder` is there already or the runtime is not to be had.
     """
     if os.path.lexists(folder):
         raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
     about = {
         "format": FORMAT, "name": name, "classes": list(classes), "channels": channels, "grey_only": grey_only,
-        "notice": notice, "bytes": len(model), "runtime": RUNTIME.package,
+        "multilabel": multilabel, "notice": notice, "bytes": len(model), "runtime": RUNTIME.package,
     }  # fmt: skip
     page = resources.files("chanscale.export").joinpath("page")
     files = {part: page.joinpath(part).read_bytes() for part in PAGE} | read_runtime(progress)

@@ -12,8 +12,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.readers import Side
-from chanscale.data.sources import ImageRecord, ImageSet
+from chanscale.data.sources import ImageRecord, ImageSet, describe_label
 from chanscale.errors import ConfigError
 from chanscale.files import write_atomically
 from chanscale.leaks.twins import SURE, Twins
@@ -92,23 +93,30 @@ def judge_twins(images: ImageSet, sides: Sequence[Side | None], twins: Sequence[
 
 
 def write_groups(findings: Findings, table: Path) -> None:
-    """Write a CSV of path, label and group that `fit` takes, in which twins share a group; whole or not at all.
+    """Write a CSV of path, labels and group that `fit` takes, in which twins share a group; whole or not at all.
 
     It has a row for each file, also of several frames, and no group for a file that is alone and of no known patient.
     It has no sides: those are to be drawn anew, by these groups. Raises ConfigError as `require_paths` does.
     """
     require_paths(findings.images, table)
     rows = {
-        _path_below(table, record): (findings.images.classes[record.label], group, record.has_patient)
+        _path_below(table, record): (_label_cells(record, findings.images.classes), group, record.has_patient)
         for record, group in zip(findings.images.records, findings.groups, strict=True)
     }
     files = Counter(group for _, group, _ in rows.values())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "label", "group"))
-    for path, (label, group, has_patient) in rows.items():
-        writer.writerow((path, label, group if has_patient or files[group] > 1 else ""))
+    labels = findings.images.classes if findings.images.is_multilabel else ("label",)
+    writer.writerow(("path", *labels, "group"))
+    for path, (cells, group, has_patient) in rows.items():
+        writer.writerow((path, *cells, group if has_patient or files[group] > 1 else ""))
     write_atomically(table, text.getvalue())
+
+
+def _label_cells(record: ImageRecord, classes: Sequence[str]) -> list[str]:
+    if not record.labels:
+        return [classes[record.label]]
+    return ["" if label == UNKNOWN else str(label) for label in record.labels]
 
 
 def require_paths(images: ImageSet, table: Path) -> None:
@@ -123,7 +131,7 @@ def _judge(images: ImageSet, sides: Sequence[Side | None], pair: Twins) -> Findi
     first, second = images.records[pair.first], images.records[pair.second]
     where = sides[pair.first], sides[pair.second]
     kinds: list[Kind] = ["leak" if where[0] != where[1] else "duplicate"]
-    if first.label != second.label:
+    if (first.label, first.labels) != (second.label, second.labels):
         kinds.append("label conflict")
     if first.has_patient and second.has_patient and first.group != second.group:
         kinds.append("two patients")
@@ -164,7 +172,7 @@ def _tell(pair: Finding, classes: Sequence[str]) -> dict[str, Any]:
         "kinds": list(pair.kinds),
         "images": [pair.first.name, pair.second.name],
         "sides": list(pair.sides),
-        "labels": [classes[pair.first.label], classes[pair.second.label]],
+        "labels": [describe_label(record, classes) for record in (pair.first, pair.second)],
         "patients": [pair.first.group, pair.second.group],
         "agreement": pair.agreement,
         "mirrored": pair.mirrored,

@@ -83,7 +83,7 @@ def read_traits(
     for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
         features: dict[str, Tensor] = {}
         with hooked(_watch(model, layers, features)):
-            shares = probabilities(model(batch.images.to(device))).cpu()
+            shares = probabilities(model(batch.images.to(device)), multilabel=model.multilabel).cpu()
         records = [data.images.records[index] for index in batch.indices.tolist()]
         shapes = torch.tensor([_shape_of(record, data.image_size) for record in records]).double()
         facts = torch.cat([measure_facts(batch.images), shapes], 1)

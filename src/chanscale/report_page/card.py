@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,12 @@ TITLES = {"torch": "PyTorch", "python": "Python"}
 
 @dataclass(frozen=True)
 class Side:
-    """The images of one side of the split: how many of each class, and of how many patients, where those are known."""
+    """The images of one side of the split: how many of each class, of all, and of how many patients, where known."""
 
     name: str
     counts: tuple[int, ...]
+    total: int
     patients: int | None
-
-    @property
-    def total(self) -> int:
-        """How many images stand on this side."""
-        return sum(self.counts)
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,11 @@ def count_sides(material: Material) -> list[Side]:
     images = material.images.images
     sides = []
     for name in SIDES:
-        records = [images.records[index] for index in getattr(material.splits, name)]
-        counts = [sum(record.label == label for record in records) for label in range(len(images.classes))]
-        patients = len({record.group for record in records}) if images.has_groups else None
-        sides.append(Side(name, tuple(counts), patients))
+        own = replace(
+            images, records=tuple(images.records[index] for index in getattr(material.splits, name))
+        )
+        patients = len({record.group for record in own.records}) if images.has_groups else None
+        sides.append(Side(name, tuple(own.counts.values()), len(own), patients))
     return sides
 
 
@@ -64,7 +61,7 @@ def describe_model(material: Material) -> Rows:
         ("Licence of its weights", known.licence if known else "not known here: ask where it came from"),
         ("Ends", f"behind {metrics['depth']['layer']}" if metrics["depth"]["layer"] else "where it ended"),
         ("Takes", f"{colours} images, made {info.image_size} × {info.image_size} pixels"),
-        ("Says", f"a probability for each of {len(info.classes)} classes"),
+        ("Says", f"a probability for each of {len(info.classes)} {'labels' if info.multilabel else 'classes'}"),
         ("Parameters", f"{parameters['kept']:,} of {parameters['trunk']:,}, and {parameters['head']:,} in the head"),
         ("MACs", f"{shorten(metrics['macs']['kept'])} for an image, of {shorten(metrics['macs']['trunk'])}"),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from chanscale.classifier import Classifier
+from chanscale.data.sources import describe_label
 from chanscale.errors import UnreadableImageError
 from chanscale.explain.chains import Chain, find_chain
 from chanscale.explain.naming import ChannelNames
@@ -135,4 +136,4 @@ def _cut(material: Material, field: ReceptiveField, index: int, row: int, column
         return None
     image = Image.fromarray(pixels).convert("RGB")
     image.thumbnail((PATCH_SIDE, PATCH_SIDE), Image.Resampling.LANCZOS)
-    return Excerpt(to_uri(np.asarray(image)), material.info.classes[record.label])
+    return Excerpt(to_uri(np.asarray(image)), describe_label(record, material.info.classes))

@@ -1,6 +1,6 @@
 """How good probabilities are, beyond the figures of metrics.json: ROC, calibration, confusion, every threshold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,26 @@ def confusion(probabilities: Floats, labels: Ints) -> NDArray[np.int64]:
     classes = probabilities.shape[1]
     counts = np.bincount(labels * classes + probabilities.argmax(1), minlength=classes * classes)
     return counts.reshape(classes, classes)
+
+
+@dataclass(frozen=True)
+class Called:
+    """Of one of several labels, at a probability of 0.5: how many images with it, and without it, are called so."""
+
+    name: str
+    hits: int
+    missed: int
+    alarms: int
+    passed: int
+
+
+def count_labels(probabilities: Floats, labels: Ints, classes: Sequence[str]) -> list[Called]:
+    """Return how each of several labels, (N, K), was called, over the images where it is known."""
+    called = probabilities > 0.5
+    return [
+        Called(name, *(int(found.sum()) for found in (has & said, has & ~said, lacks & said, lacks & ~said)))
+        for name, has, lacks, said in zip(classes, (labels == 1).T, (labels == 0).T, called.T, strict=True)
+    ]
 
 
 def count_called(called: NDArray[np.bool_], labels: Ints, threshold: float) -> Start:

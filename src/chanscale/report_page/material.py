@@ -71,8 +71,8 @@ class Material:
 
     @property
     def is_binary(self) -> bool:
-        """Whether there are two classes, of which the second is the positive one."""
-        return len(self.info.classes) == 2
+        """Whether there are two classes, of which an image has one; the second is the positive one."""
+        return self.info.is_binary
 
 
 def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:

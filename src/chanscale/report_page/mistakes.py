@@ -12,7 +12,9 @@ from torch import Tensor
 
 from chanscale.classifier import Classifier
 from chanscale.data.images import read_image
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.loading import source_of
+from chanscale.data.sources import describe_label
 from chanscale.errors import UnreadableImageError
 from chanscale.evaluation import Evaluation
 from chanscale.export.examples import spread
@@ -30,6 +32,21 @@ FAINTER = 0.95
 """Share of a map that is fainter than full colour: its padded corners can outdo all the rest."""
 
 Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """A wrong answer: the test image, the class called, its probability, and whether it was said to hold."""
+
+    place: int
+    called: int
+    probability: float
+    holds: bool = True
+
+    @property
+    def confidence(self) -> float:
+        """How probable the answer seemed."""
+        return self.probability if self.holds else 1 - self.probability
 
 
 @dataclass(frozen=True)
@@ -53,29 +70,45 @@ def find_mistakes(material: Material, *, names: bool) -> list[Mistake]:
 
 
 def count_mistakes(judged: Evaluation) -> int:
-    """Return how many images the most probable class is wrong for."""
-    return int((judged.probabilities.argmax(1) != judged.labels).sum())
+    """Return how many images the most probable class is wrong for; of several labels, how many answers are wrong."""
+    return len(_find_wrong(judged))
 
 
-def _worst(judged: Evaluation) -> list[int]:
-    wrong = np.flatnonzero(judged.probabilities.argmax(1) != judged.labels)
-    confidence = judged.probabilities.max(1)[wrong]
-    worst: list[int] = wrong[np.argsort(-confidence, kind="stable")][:MOST].tolist()
-    return worst
+def _find_wrong(judged: Evaluation) -> list[_Wrong]:
+    """Return what was answered wrongly, in the order of the images."""
+    shares, labels = judged.probabilities, judged.labels
+    if labels.ndim == 1:
+        called = shares.argmax(1)
+        return [
+            _Wrong(place, int(called[place]), float(shares[place].max()))
+            for place in np.flatnonzero(called != labels).tolist()
+        ]
+    said = shares > 0.5
+    wrong = np.argwhere((labels != UNKNOWN) & (said != (labels == 1)))
+    return [
+        _Wrong(place, label, float(shares[place, label]), holds=bool(said[place, label]))
+        for place, label in wrong.tolist()
+    ]
+
+
+def _worst(judged: Evaluation) -> list[_Wrong]:
+    return sorted(_find_wrong(judged), key=lambda one: -one.confidence)[:MOST]
 
 
 def _describe(
-    material: Material, judged: Evaluation, place: int, usual: Tensor | None, *, names: bool
+    material: Material, judged: Evaluation, wrong: _Wrong, usual: Tensor | None, *, names: bool
 ) -> Mistake:
-    index, shares = material.splits.test[place], judged.probabilities[place]
-    called, classes = int(shares.argmax()), material.info.classes
+    place, classes = wrong.place, material.info.classes
+    index = material.splits.test[place]
     pixels = _read(material, index)
-    evidence = find_evidence(material, index, called, usual)
+    evidence = find_evidence(material, index, wrong.called, usual)
+    if evidence is not None and not wrong.holds:
+        evidence = -evidence
     return Mistake(
         title=title_of(judged, place, names=names),
-        label=classes[int(judged.labels[place])],
-        called=classes[called],
-        probability=float(shares[called]),
+        label=describe_label(material.images.images.records[index], classes),
+        called=classes[wrong.called] if wrong.holds else f"not {classes[wrong.called]}",
+        probability=wrong.confidence,
         picture=None if pixels is None else to_uri(pixels),
         overlay=None if pixels is None or evidence is None else to_uri(paint(pixels, evidence)),
     )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from chanscale.artifact import ModelInfo
 from chanscale.report_page.channel_map import is_left_out
 from chanscale.report_page.material import Material
 from chanscale.wording import percent
@@ -18,12 +19,19 @@ def summarise(material: Material) -> str:
 
 
 def _describe_task(material: Material) -> str:
-    images, classes = material.metrics["images"], material.info.classes
-    what = " from ".join(reversed(classes)) if len(classes) == 2 else f"{len(classes)} kinds of images apart"
+    images = material.metrics["images"]
     return (
-        f"This model tells {what}. It was trained on {images['train']:,} images; "
+        f"This model {_describe_answer(material.info)}. It was trained on {images['train']:,} images; "
         f"{images['validation']:,} others chose when to stop."
     )
+
+
+def _describe_answer(info: ModelInfo) -> str:
+    if info.multilabel:
+        return f"says of an image which of {len(info.classes)} labels hold: {', '.join(info.classes)}"
+    if info.is_binary:
+        return f"tells {info.classes[1]} from {info.classes[0]}"
+    return f"tells {len(info.classes)} kinds of images apart"
 
 
 def _describe_figures(metrics: Mapping[str, Any]) -> list[str]:
@@ -31,8 +39,11 @@ def _describe_figures(metrics: Mapping[str, Any]) -> list[str]:
         return ["No images were set aside to test it, so how good it is has not been measured."]
     patients = f" of {metrics['patients']:,} patients" if "patients" in metrics else ""
     after, before = metrics["auc"], metrics["before"].get("auc")
+    what = (
+        "mean area under the ROC curves of its labels" if "labels" in metrics else "area under its ROC curve"
+    )
     sentences = [
-        f"On {metrics['n']:,} test images{patients}, of which it had seen none, the area under its ROC curve (AUC) is "
+        f"On {metrics['n']:,} test images{patients}, of which it had seen none, the {what} (AUC) is "
         f"{with_interval(after)}; 0.5 is a guess, and 1 never wrong."
     ]
     if before and is_defined(after) and is_defined(before):

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from chanscale.calibration import judge_calibration
 from chanscale.classifier import Classifier
+from chanscale.data.label_columns import UNKNOWN
 from chanscale.decision_rules import judge_rules, temper
 from chanscale.evaluation import Evaluation
 from chanscale.files import write_atomically
@@ -111,7 +112,8 @@ def _describe_quality(material: Material) -> dict[str, Any]:
     rocs = _find_rocs(material, judged)
     thresholds = curves.find_thresholds(judged.probabilities, judged.labels) if material.is_binary else None
     start = _find_start(material, judged) if material.is_binary else None
-    matrix = curves.confusion(judged.probabilities, judged.labels)
+    several = material.info.multilabel
+    matrix = None if several else curves.confusion(judged.probabilities, judged.labels)
     said, right = _name_axes(material)
     return {
         "rocs": rocs,
@@ -127,8 +129,9 @@ def _describe_quality(material: Material) -> dict[str, Any]:
             before=_find_bins_before(material, judged),
         ),
         **judge_rules(judged, material.info.operating_point, material.info.prediction_sets),
-        "matrix": matrix.tolist() if len(matrix) <= MOST_CLASSES else None,
-        "confusions": _list_confusions(matrix, material.info.classes),
+        "matrix": matrix.tolist() if matrix is not None and len(matrix) <= MOST_CLASSES else None,
+        "confusions": [] if matrix is None else _list_confusions(matrix, material.info.classes),
+        "labels": _describe_labels(material, judged) if several else None,
         "mistakes": count_mistakes(judged),
         "operating": _describe_start(start) if start else None,
         "data": {**asdict(thresholds), "frame": _frame(), "start": asdict(start)}
@@ -147,7 +150,16 @@ def _describe_calibration(material: Material, judged: Evaluation) -> dict[str, A
 def _find_bins_before(material: Material, judged: Evaluation) -> list[curves.Bin]:
     """Return the bins of the probabilities before calibration; none where there was none."""
     temperature = material.metrics.get("calibration", {}).get("temperature", 1)
-    return [] if temperature == 1 else curves.find_bins(temper(judged.logits, 1 / temperature), judged.labels)
+    if temperature == 1:
+        return []
+    before = temper(judged.logits, 1 / temperature, multilabel=material.info.multilabel)
+    return curves.find_bins(before, judged.labels)
+
+
+def _describe_labels(material: Material, judged: Evaluation) -> list[dict[str, Any]]:
+    """Return of each of several labels its AUC, and how it was called at a probability of 0.5."""
+    called = curves.count_labels(judged.probabilities, judged.labels, material.info.classes)
+    return [asdict(one) | {"auc": judged.by_label[one.name].to_dict()} for one in called]
 
 
 def _find_start(material: Material, judged: Evaluation) -> curves.Start:
@@ -161,16 +173,22 @@ def _find_rocs(material: Material, judged: Evaluation) -> dict[str, curves.Roc]:
     """Return the ROC curve of the positive class, or of each class against the rest, where both are there."""
     classes, labels = material.info.classes, judged.labels
     chosen = [1] if material.is_binary else [*range(len(classes))][:MOST_CURVES]
-    return {
-        classes[k]: curves.find_roc(judged.probabilities[:, k], labels == k, material.groups)
-        for k in chosen
-        if 0 < (labels == k).sum() < len(labels)
-    }
+    found = {}
+    for k in chosen:
+        known = labels[:, k] != UNKNOWN if material.info.multilabel else np.ones(len(labels), dtype=bool)
+        positive = labels[known, k] == 1 if material.info.multilabel else labels == k
+        if 0 < positive.sum() < len(positive):
+            found[classes[k]] = curves.find_roc(
+                judged.probabilities[known, k], positive, material.groups[known]
+            )
+    return found
 
 
 def _name_axes(material: Material) -> tuple[str, str]:
     if material.is_binary:
         return "probability that the model says", "share that was positive"
+    if material.info.multilabel:
+        return "probability that the model says", "share that had the label"
     return "probability of the most probable class", "share that was right"
 
 

@@ -61,10 +61,10 @@ function start(ort, bytes) {
   return ort.InferenceSession.create(new Uint8Array(bytes), { executionProviders: ["wasm"] });
 }
 
-function describe({ name, classes, notice, bytes, runtime }) {
+function describe({ name, classes, multilabel, notice, bytes, runtime }) {
   document.title = name;
   at("name").textContent = name;
-  const listed = classes.length > 6 ? `${classes.length} classes` : classes.join(" or ");
+  const listed = classes.length > 6 ? `${classes.length} classes` : classes.join(multilabel ? ", " : " or ");
   at("about").textContent = `${listed} · a model of ${(bytes / 1e6).toPrecision(3)} MB`;
   at("notice").textContent = notice;
   at("notice").hidden = !notice || notice === at("research").textContent;
@@ -149,15 +149,22 @@ function show(file, bitmap, pixels, outputs, about) {
   const shares = Array.from(outputs.probabilities.data);
   const winner = shares.indexOf(Math.max(...shares));
   shown = { classes: about.classes, winner, map: outputs.class_map };
-  at("verdict").textContent = about.classes[winner];
+  const called = callOf(shares, winner, about);
+  const verdict = called.map((index) => about.classes[index]).join(", ") || "none of the labels";
+  at("verdict").textContent = verdict;
   at("file-name").textContent = file.name;
   at("colours").hidden = pixels.grey || about.channels !== 1;
-  at("bars").replaceChildren(...ranked(shares).map((index) => bar(about.classes[index], shares[index], index === winner)));
+  at("bars").replaceChildren(...ranked(shares).map((index) => bar(about.classes[index], shares[index], called.includes(index))));
   at("result").hidden = false;
   document.body.classList.add("answered");
   drawImage(bitmap, file.name);
   showEvidence();
-  say(`${file.name}: ${about.classes[winner]}, ${percent(shares[winner])}.`, "done");
+  say(`${file.name}: ${verdict}${about.multilabel ? "" : `, ${percent(shares[winner])}`}.`, "done");
+}
+
+// The most probable class; of several labels, those that are more probable than not.
+function callOf(shares, winner, about) {
+  return about.multilabel ? [...shares.keys()].filter((index) => shares[index] > 0.5) : [winner];
 }
 
 // The model's order while it can be taken in at a glance, else the most probable first.
