@@ -223,10 +223,12 @@ def set_scales(model: nn.Module, *, zeros: float = 0.4) -> ChannelSelection:
     return ChannelSelection(kept)
 
 
-def build_classifier(trunk: nn.Module | None = None, classes=("no", "yes")) -> Classifier:
+def build_classifier(
+    trunk: nn.Module | None = None, classes=("no", "yes"), *, multilabel=False
+) -> Classifier:
     """Return a classifier on `trunk` whose head has weights and statistics that are not trivial."""
     trunk = randomise(plain_trunk()) if trunk is None else trunk
-    model = assemble(PREPROCESSING, trunk, images(2, 32), classes=classes)
+    model = assemble(PREPROCESSING, trunk, images(2, 32), classes=classes, multilabel=multilabel)
     nn.init.normal_(model.head.linear.weight)
     nn.init.normal_(model.head.linear.bias)
     return know_groups(renew_statistics(model), images(2, 32))

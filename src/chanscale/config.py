@@ -46,7 +46,7 @@ class FitConfig(BaseModel):
     )
     label_columns: str | None = Field(
         None,
-        description="Of a CSV table: the columns that are labels, of which an image may have several, or none, separated "
+        description="Of a CSV table: the columns that are labels, of which an image may have several, separated "
         "by commas; each holds 1, 0, or nothing where it is unknown. Default: where there is no column label, all but "
         "path, group and split.",
     )

@@ -151,7 +151,8 @@ def test_a_table_needs_no_group_and_no_split(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("", "got none"),
-        ("path,class\na.png,x\n", "got class, path"),
+        ("path,class\na.png,x\n", "for the label 'class', got 'x'"),
+        ("file,class\na.png,x\n", "got class, file"),
         ("path,label\n", "no row"),
         ("path,label\na.png,\n", "line 2: the label is missing"),
         ("path,label\na.png\n", "line 2: the label is missing"),
@@ -233,7 +234,7 @@ def test_npz_has_official_splits_and_numbers_for_classes(tmp_path: Path) -> None
     [
         ({"x": np.zeros(3)}, "MedMNIST's keys"),
         ({"train_images": np.zeros((2, 4, 4), np.uint8)}, "train_labels"),
-        ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros((2, 14), int)}, "(2, 14)"),
+        ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.full((2, 14), 2)}, "(2, 14)"),
         ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros(2)}, "float64"),
         ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.zeros(3, int)}, "(3,)"),
         ({"train_images": np.array(5), "train_labels": np.zeros(3, int)}, "shape ()"),
