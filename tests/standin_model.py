@@ -11,12 +11,15 @@ CELL = 8
 """Pixels along a side of one cell of the map."""
 
 
-def standin(classes: int = 2, *, grey_only: bool = False, with_map: bool = True) -> bytes:
+def standin(
+    classes: int = 2, *, grey_only: bool = False, with_map: bool = True, multilabel: bool = False
+) -> bytes:
     """Return a model for two or three classes, whose logits depend on the mean colour."""
     maps = 1 if classes == 2 else classes
     weight = COLOURS[:maps].sum(1, keepdims=True) if grey_only else COLOURS[:maps]
+    bias = np.full(maps, -2 if multilabel else -4, np.float32)
     constants = {
-        "weight": weight[:, :, None, None] * np.float32(8 / 255), "bias": np.full(maps, -4, np.float32),
+        "weight": weight[:, :, None, None] * np.float32(8 / 255), "bias": bias,
         "from": np.array([0]), "to": np.array([weight.shape[1]]), "channel_axis": np.array([1]),
         "sides": np.array([2, 3]), "one": np.float32([1]),
     }  # fmt: skip
@@ -28,7 +31,7 @@ def standin(classes: int = 2, *, grey_only: bool = False, with_map: bool = True)
             "AveragePool", ["evidence"], ["class_map"], kernel_shape=[CELL] * 2, strides=[CELL] * 2
         ),
         helper.make_node("ReduceMean", ["class_map", "sides"], ["logits"], keepdims=0),
-        *_shares(maps),
+        *_shares(maps, multilabel=multilabel),
     ]
     shapes = {"probabilities": ["n", classes], "class_map": ["n", maps, "h", "w"]}
     outputs = [_value(name, shapes[name]) for name in ("probabilities", "class_map")[: 1 + with_map]]
@@ -39,7 +42,9 @@ def standin(classes: int = 2, *, grey_only: bool = False, with_map: bool = True)
     return model.SerializeToString()
 
 
-def _shares(maps: int) -> list:
+def _shares(maps: int, *, multilabel: bool) -> list:
+    if multilabel:
+        return [helper.make_node("Sigmoid", ["logits"], ["probabilities"])]
     if maps > 1:
         return [helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1)]
     return [

@@ -86,7 +86,7 @@ def test_each_column_but_ours_is_a_label_in_their_order(tmp_path):
     for row in rows:
         Image.new("L", (8, 8)).save(tmp_path / row[0])
     table = write(tmp_path / "t.csv", ["Path", "Mass", "effusion", "GROUP", "Oedema"], rows)
-    with pytest.raises(DataError, match="'without effusion'|'effusion'"):
+    with pytest.raises(DataError, match=r"class '(without )?effusion'"):
         open_images(table)
     images = open_images(table, label_columns=("Oedema", "Mass"))
     assert images.classes == ("Oedema", "Mass")

@@ -104,11 +104,11 @@ def open_site(browser, tmp_path_factory):
     """Return a function that builds a page for a model, serves it and opens it."""
     servers = []
 
-    def open_one(model: bytes, classes=TWO, *, grey_only=False, channels=1, **options) -> Site:
+    def open_one(model, classes=TWO, *, grey_only=False, channels=1, multilabel=False, **options) -> Site:
         folder = tmp_path_factory.mktemp("served") / "site"
         build_page(
             model, folder, classes=classes, name="A <i>tiny</i> model", channels=channels, grey_only=grey_only,
-            notice="Trained on noise.",
+            multilabel=multilabel, notice="Trained on noise.",
         )  # fmt: skip
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder))
         thread = Thread(target=server.serve_forever)
@@ -210,6 +210,17 @@ def test_the_most_probable_class_is_named_and_all_have_a_figure(three, tmp_path)
     assert [item.text_content() for item in three.page.query_selector_all("#bars li span")] == [
         text for name, share in zip(THREE, shares, strict=True) for text in (name, f"{100 * share:.1f} %")
     ]
+
+
+def test_of_several_labels_those_more_probable_than_not_are_named(open_site, tmp_path):
+    site = open_site(standin(3, multilabel=True), THREE, channels=3, multilabel=True)
+    path = draw(tmp_path / "colour.png", colour=True)
+    assert_same_probabilities(site, path)
+    called = [name for name, share in zip(THREE, site.probabilities(), strict=True) if share > 0.5]
+    assert 1 < len(called) < 3
+    assert site.page.text_content("#verdict") == ", ".join(called)
+    assert site.page.text_content("#status") == f"colour.png: {', '.join(called)}."
+    assert site.page.locator("#bars li.wins").count() == len(called)
 
 
 def test_the_map_is_the_models_positive_in_one_colour_negative_in_another(two, tmp_path):
