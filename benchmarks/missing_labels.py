@@ -101,7 +101,8 @@ def fit(table: Path, run: Path) -> dict:
     """Return the metrics of a run on a table, which is made if it is not there."""
     if not run.exists():
         config = FitConfig(backbone="efficientnet_lite0", budget=0.7, group_pattern=PATIENT)
-        scale_and_select("efficientnet_lite0", table, config=config, out=run, resume=True)
+        begun = run.with_name(f"{run.name}.partial").exists()
+        scale_and_select("efficientnet_lite0", table, config=config, out=run, resume=begun)
     return json.loads((run / "metrics.json").read_text())
 
 
