@@ -22,6 +22,8 @@ class Place:
     ray_cpus: int | None = None
 
     def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"--jobs must be 1 at least. Got {self.jobs}.")
         if self.ray == "":
             raise ConfigError("--ray must be local, auto, host:port or ray://host:port. Got ''.")
         if self.ray_cpus and self.ray is None:
