@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +38,7 @@ from chanscale.tuning.trials import TrialSpec, read_trial, run_trial
 from test_cli import HEAVY, OPTIONS, error_of, words
 from test_compare import CONFIG
 
-pytest.importorskip("optuna", reason="needs: pip install 'chanscale[tune]'")
+pytestmark = pytest.mark.skipif(find_spec("optuna") is None, reason="needs: pip install 'chanscale[tune]'")
 FREE = {name: value for name, value in CONFIG.items() if name not in SPACE} | {"image_size": 32}
 FREE_OPTIONS = [option for option in OPTIONS if not option.startswith("--budget")]
 TRIALS = 5
@@ -353,6 +355,47 @@ def test_with_the_budget_given_the_auc_is_all_that_counts(data, here, tmp_path, 
     assert told["trials"][told["best"]]["validation_auc"] == best
     assert not (out / "pareto.png").exists()
     assert FitConfig.read(out / "best.yaml").budget == 0.8
+
+
+def pretend(spec) -> dict:
+    """What a trial might come to whose best learning rate is 0.01, and whose AUC falls with what is removed."""
+    kept = round(1e6 * (1 - spec.config.budget))
+    top = 0.85 - 0.05 * (math.log10(spec.config.refine_lr) + 2) ** 2 + 0.02 * math.log10(kept / 1e5)
+    watcher, state = TrialWatcher(spec.rivals, of="parameters"), "complete"
+    try:
+        for moment in plan_epochs(spec.config):
+            row = {"validation_auc": top - 0.1 / (moment.epoch + 1), "parameters": kept}
+            watcher.on_epoch(moment, row)
+    except Stopped:
+        state = "stopped"
+    size = {"kept": kept, "removed": spec.config.budget}
+    return {
+        "format": trials.FORMAT, "number": spec.number, "state": state, "validation_auc": max(watcher.aucs),
+        "parameters": size, "macs": size, "options": {name: getattr(spec.config, name) for name in spec.searched},
+        "aucs": watcher.aucs, "epochs": 0, "seconds": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_longer_search_draws_what_is_better_and_stops_what_is_worse(
+    data, here, tmp_path, monkeypatch, jobs
+):
+    monkeypatch.setattr(trials, "run_trial", pretend)
+    config = merge_config(FREE | {"refine_epochs": 4}, None)
+    found = chanscale.tune(
+        "tiny", data, out=tmp_path / "t", trials=40, search=["budget", "refine_lr"], config=config, jobs=jobs
+    )
+    told = found.figures["trials"]
+    assert [trial["number"] for trial in told] == list(range(40))
+    assert found.figures["count"]["stopped"] > 2
+    assert found.figures["count"]["complete"] > 10
+    distances = [abs(math.log10(trial["options"]["refine_lr"]) + 2) for trial in told]
+    assert np.mean(distances[20:]) < 0.7 * np.mean(distances[1:7])
+    assert found.figures["front"] == [result["number"] for result in find_front(told, of="parameters")]
+    assert len(found.figures["front"]) > 2
+    removed = [trial["options"]["budget"] for trial in told]
+    assert min(removed[20:]) < 0.9
+    assert max(removed[20:]) > 0.97
 
 
 # --- stopped, and gone on with

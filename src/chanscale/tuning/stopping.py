@@ -27,8 +27,8 @@ class Rival:
 def falls_behind(aucs: Sequence[float], cost: float, rivals: Sequence[Rival]) -> bool:
     """Whether the best of `aucs` so far is below the median that `rivals` of no larger `cost` had in this epoch.
 
-    The median rule of Golovin et al. 2017, sec. 3.2. A smaller network is never held against one that is larger, so
-    that what is stopped would have to overtake to come to the Pareto front.
+    Optuna's form of the median rule (Golovin et al. 2017, sec. 3.2.2), among those alone: a small network is not
+    measured by larger ones, and what is stopped was beaten, so far, by one that is no larger.
     """
     epoch = len(aucs) - 1
     seen = [rival.aucs[epoch] for rival in rivals if rival.cost <= cost and len(rival.aucs) > epoch]
