@@ -428,7 +428,7 @@ def environment() -> dict[str, str]:
 def test_killed_in_mid_trial_and_gone_on_with_is_undisturbed(whole, data, here, tmp_path, capsys):
     out = tmp_path / "again"
     be_killed(["tune", str(data), "--out", str(out), *FREE_OPTIONS, "--trials=4"], 2)
-    assert [path.name for path in (out / "trials").iterdir()] == ["0000.json", "0001.json"]
+    assert list(trials_of(out)) == ["0000.json", "0001.json"]
     with (out / "journal.log").open("a") as file:
         file.write('{"op_code":5,"wor')  # as a process leaves it that is killed in a write
     (out / "journal.log.lock").symlink_to("journal.log")
@@ -447,9 +447,11 @@ def test_killed_in_mid_trial_and_gone_on_with_is_undisturbed(whole, data, here, 
 
 
 def test_the_same_command_again_runs_nothing_and_tells_the_whole(whole, data, here, capsys):
+    journal = (whole.out / "journal.log").read_bytes()
     assert tune(data, whole.out, f"--trials={TRIALS}") == 0
     told, err = words(capsys)
     assert here[0].ran == []
+    assert (whole.out / "journal.log").read_bytes() == journal
     assert "trial" not in err
     flat = " ".join(told.split())
     best = whole.told["best"]
@@ -466,6 +468,24 @@ def test_a_trial_whose_file_is_damaged_is_run_again(whole, data, here, tmp_path)
     assert tune(data, out, f"--trials={TRIALS}") == 0
     assert here[0].ran == [1]
     assert trials_of(out) == trials_of(whole.out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "x/9"},
+        {"number": 2},
+        {"validation_auc": None},
+        {"aucs": None},
+        {"options": []},
+        {"state": "failed"},
+    ],
+)
+def test_what_is_no_trial_is_not_read(whole, tmp_path, change):
+    trial = read_json(whole.out / "trials" / "0001.json")
+    for facts, there in ((trial, True), (trial | change, False)):
+        (tmp_path / "0001.json").write_text(json.dumps(facts))
+        assert bool(read_trial(tmp_path / "0001.json")) == there
 
 
 def test_a_trial_that_ended_before_it_was_noted_is_not_run_again(whole, data, here, tmp_path):
@@ -632,6 +652,13 @@ def test_a_damaged_folder_is_named(whole, data, here, tmp_path, name, text):
     out = shutil.copytree(whole.out, tmp_path / "out")
     (out / name).write_text(text)
     with pytest.raises(ArtifactError, match=rf"{re.escape(name)} is (damaged|of another version)"):
+        chanscale.tune("tiny", data, out=out, trials=TRIALS, config=merge_config(FREE, None))
+
+
+def test_trials_without_their_journal_are_noticed(whole, data, here, tmp_path):
+    out = shutil.copytree(whole.out, tmp_path / "out")
+    (out / "journal.log").unlink()
+    with pytest.raises(ArtifactError, match=r"trial 0 of .*trials is not that of .*journal\.log"):
         chanscale.tune("tiny", data, out=out, trials=TRIALS, config=merge_config(FREE, None))
 
 

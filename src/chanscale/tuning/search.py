@@ -13,7 +13,7 @@ from chanscale.comparison.place import Place
 from chanscale.comparison.processes import run_cells
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
-from chanscale.errors import ConfigError, TrainingError
+from chanscale.errors import ArtifactError, ConfigError, TrainingError
 from chanscale.pipeline import load_images, open_path
 from chanscale.progress import Watcher
 from chanscale.tuning.folder import SearchFolder, SearchPlan
@@ -100,8 +100,7 @@ class _Search:
             folder.journal, plan.searched, first=to_params(plan.config, plan.searched), of=plan.of,
             seed=plan.config.seed,
         )  # fmt: skip
-        for result in folder.results():
-            self._trials.tell(result)  # where a process was killed between the two
+        self._note_results()
 
     def specs(self) -> Iterator[TrialSpec]:
         """Yield the trials that are not there: those that were begun, and then new ones, up to `total`."""
@@ -122,6 +121,17 @@ class _Search:
             self._trials.tell(result)
             self.folder.note_success(number)
         return TrialEnd(number, result, error, len(self.folder.results()), self.total)
+
+    def _note_results(self) -> None:
+        """Tell Optuna of trials that ended before a process was killed. Raises ArtifactError for those of others."""
+        asked = dict(self._trials.asked())
+        for result in self.folder.results():
+            if to_options(asked.get(result["number"], {})) != result["options"]:
+                raise ArtifactError(
+                    f"trial {result['number']} of {self.folder.trials} is not that of {self.folder.journal}; "
+                    "use another --out"
+                )
+            self._trials.tell(result)
 
     def _spec(self, asked: Asked) -> TrialSpec:
         number, params = asked

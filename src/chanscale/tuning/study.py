@@ -106,9 +106,9 @@ def _open(journal: Path, of: str | None) -> "Study":
     from optuna.study import StudyDirection
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    if journal.stat().st_size:
+        return optuna.load_study(storage=storage, study_name=NAME)
     maximise, minimise = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
     directions = [maximise] if of is None else [maximise, minimise]
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        study_name=NAME, directions=directions, load_if_exists=True,
-    )  # fmt: skip
+    return optuna.create_study(storage=storage, study_name=NAME, directions=directions)

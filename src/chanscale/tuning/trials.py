@@ -116,7 +116,7 @@ def read_trial(path: Path) -> Result | None:
     try:
         result: Result = read_json(path)
         whole = result["format"] == FORMAT and path == trial_path(path.parent, result["number"])
-        whole = whole and (result["state"] == FAILED or _has_figures(result))
+        whole = whole and isinstance(result["options"], dict) and _is_told(result)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if whole else None
@@ -151,6 +151,10 @@ def _machine() -> dict[str, Any]:
     return machine
 
 
-def _has_figures(result: Result) -> bool:
-    figures = result["validation_auc"], result["parameters"]["kept"], result["macs"]["kept"], *result["aucs"]
+def _is_told(result: Result) -> bool:
+    """Whether a trial says why it failed, or else has all its figures."""
+    if result["state"] == FAILED:
+        return isinstance(result["reason"], str)
+    sizes = [result[of][name] for of in ("parameters", "macs") for name in ("kept", "removed")]
+    figures = [result[name] for name in ("validation_auc", "epochs", "seconds")] + sizes + result["aucs"]
     return all(isinstance(figure, int | float) for figure in figures)
