@@ -120,6 +120,7 @@ def test_cells_on_ray_are_those_of_processes(data, tiny, tmp_path, capsys, monke
 def test_trials_on_ray_are_those_of_processes(data, tiny, tmp_path, capsys, monkeypatch, address, hook):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as many as a trial has on Ray
     monkeypatch.setattr(search, "TRIAL_PROGRAM", tiny_trial.PROGRAM)
+    monkeypatch.setattr(ray_cells, "PATIENCE", 300.0)  # of a busy machine
     asked = ["tune", str(data), *OPTIONS, "--search=pressure,head_lr", "--trials=2"]
     assert cli.run([*asked, "--out", str(tmp_path / "ray"), "--ray", address]) == 0
     assert re.search(r"^2/2 trial 1: validation AUC \d", words(capsys)[1], re.M)

@@ -390,7 +390,8 @@ def test_a_longer_search_draws_what_is_better_and_stops_what_is_worse(
     assert found.figures["count"]["stopped"] > 2
     assert found.figures["count"]["complete"] > 10
     distances = [abs(math.log10(trial["options"]["refine_lr"]) + 2) for trial in told]
-    assert np.mean(distances[20:]) < 0.7 * np.mean(distances[1:7])
+    if jobs == 1:  # with several, what is drawn depends on which ended first
+        assert np.mean(distances[20:]) < 0.7 * np.mean(distances[1:7])
     assert found.figures["front"] == [result["number"] for result in find_front(told, of="parameters")]
     assert len(found.figures["front"]) > 2
     removed = [trial["options"]["budget"] for trial in told]

@@ -30,7 +30,7 @@ def draw_pareto(
     # A picture travels without the text around it.
     axes.set_title(f"{images} validation images, which chose: optimistic", fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 
