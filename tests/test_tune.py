@@ -510,7 +510,7 @@ def test_a_lost_trial_costs_itself_and_the_next_run_completes_it(
     assert err[1] == (
         f"1/2 trial 1: lost: the process was ended by SIGKILL; it may have lacked memory ({error})"
     )
-    assert err[-1] == "1 trials were lost; the same command tries them again"
+    assert err[-1] == "1 of 2 trials were lost; the same command tries them again"
     tiny_trial.run_here(monkeypatch.setattr)
     assert tune(data, out, "--trials=2") == 0
     assert not error.exists()

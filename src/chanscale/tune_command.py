@@ -93,7 +93,7 @@ def tune(
     else:
         _show(found, data)
     if lost:
-        complain(f"{len(lost)} trials were lost; the same command tries them again")
+        complain(f"{len(lost)} of {trials} trials were lost; the same command tries them again")
         raise typer.Exit(LOST_TRIALS)
 
 
