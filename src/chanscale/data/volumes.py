@@ -1,4 +1,4 @@
-"""One NIfTI file to a cube of 16-bit voxels, oriented to RAS, through the readers and transforms of MONAI.
+"""One NIfTI file to a cube of 16-bit voxels, oriented to RAS, by nibabel and the transforms of MONAI.
 
 A header may hold names of a patient (`db_name`, `descrip`, extensions): nothing of it is kept but the affine, and words
 of nibabel are not passed on.
@@ -28,6 +28,7 @@ PERCENTILES = (0.5, 99.5)
 
 _FULL_RANGE = 65535
 _WANTED = "wanted a NIfTI volume, grey, of three axes"
+_MAX_HEADER = 2**24
 _QUIET = "nibabel.global"
 
 
@@ -86,6 +87,12 @@ def read_volume(path: Path, *, size: int, space: VolumeSpace, name: str | None =
         ) from None
 
 
+def middle_slice(volume: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Return the axial slice (1, H, W) in the middle of (1, S, S, S), anterior on top and right on the left."""
+    cut = volume[:, :, :, volume.shape[3] // 2]
+    return cut.swapaxes(1, 2)[:, ::-1, ::-1]
+
+
 def _decode(path: Path, size: int, space: VolumeSpace) -> NDArray[np.uint16]:
     values, affine = _load(path)
     shown = _show(values, space)
@@ -96,23 +103,40 @@ def _decode(path: Path, size: int, space: VolumeSpace) -> NDArray[np.uint16]:
 
 def _load(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Return the values (X, Y, Z), as the slope and intercept of the file make them, and its affine (4, 4)."""
-    from monai.data import NibabelReader
+    # Not MONAI's reader: where the sform does not fit the voxel sizes, it takes a qform that the file calls unknown.
+    import nibabel
     from nibabel.filebasedimages import ImageFileError
 
     if path.stat().st_size == 0:
         raise UnreadableImageError(f"{_WANTED}, got an empty file of 0 bytes. Get it again, or remove it.")
     logging.getLogger(_QUIET).setLevel(logging.CRITICAL + 1)
-    reader = NibabelReader(mmap=False)
+    _refuse_long_header(path)
     try:
-        image = reader.read(path)
+        image: Any = nibabel.load(path, mmap=False)
     except ImageFileError:
         raise UnreadableImageError(
             f"{_WANTED}, got something else, whatever the name says. Convert it, or remove it."
         ) from None
     _refuse(image)
-    values = np.asarray(reader.get_data(image)[0])
+    values = np.asanyarray(image.dataobj)
     _refuse_values(values)
     return values.reshape(image.shape[:3]), np.asarray(image.affine, dtype=np.float64)
+
+
+def _refuse_long_header(path: Path) -> None:
+    """Stop at a file whose header would be unpacked without bounds; what is no NIfTI is left to the reader."""
+    from nibabel import Nifti1Header, Nifti2Header
+    from nibabel.openers import Opener
+
+    with Opener(path) as file:
+        head = file.read(540)
+    for kind in (Nifti1Header, Nifti2Header):
+        if kind.may_contain_header(head):
+            begin = float(kind(head[: kind.template_dtype.itemsize], check=False)["vox_offset"])
+            if not begin <= _MAX_HEADER:
+                raise UnreadableImageError(
+                    f"wanted a header of at most {_MAX_HEADER:,} bytes, got {begin:,.0f}. Convert the volume anew."
+                )
 
 
 def _refuse(image: Any) -> None:
