@@ -324,7 +324,7 @@ def test_the_model_holds_how_volumes_are_read_and_predict_reads_them_so(made):
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
 
 
-def test_a_fit_in_memory_is_the_same_run_again_and_the_same_as_its_file(made, monkeypatch):
+def test_a_fit_in_memory_is_the_same_run_again_and_the_same_as_its_file(made):
     run, data, _ = made
     loaded, info = load_model(run)
     config = FitConfig.read(run / "config.yaml")
