@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from chanscale.data.dicom import DICOM_SUFFIXES, Frame, is_dicom, read_dicom, read_header
+from chanscale.data.dicom import DICOM_SUFFIXES, Frame, header_of, is_dicom, read_dicom
 from chanscale.errors import UnreadableImageError, one_line
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"}) | DICOM_SUFFIXES
@@ -69,10 +69,11 @@ def count_channels(source: Source) -> int:
     if isinstance(source, np.ndarray):
         return 3 if source.ndim == 3 and source.shape[-1] == 3 else 1
     path = source.path if isinstance(source, Frame) else Path(source)
-    if header := read_header(path):
-        return header.channels
     try:
         with path.open("rb") as file:
+            if header := header_of(path, file):
+                return header.channels
+            file.seek(0)
             head = file.read(_PNG_KIND.stop)
             if _is_wide_png(head):  # Pillow has no mode for grey with alpha in 16 bits, and calls it RGBA
                 return 1 if head[_PNG_KIND] == _WIDE_GREY_ALPHA else 3

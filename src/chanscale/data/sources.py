@@ -30,6 +30,7 @@ class ImageRecord:
     index into the classes. `group` is the patient, or the name itself where no patient is known. `split` is
     the side that the source itself puts the image on. Either `path` or `pixels` is there. `frame`, from 1, is
     one of several of a DICOM file. `renamed`: the group is a patient of a DICOM header, under another name.
+    `channels`: 1 or 3, where the header was read already.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ImageRecord:
     pixels: NDArray[np.generic] | None = field(default=None, compare=False, repr=False)
     frame: int | None = None
     renamed: bool = False
+    channels: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def has_patient(self) -> bool:
@@ -212,14 +214,12 @@ def _to_records(
 
 def _to_record(row: Row, label: int, pattern: re.Pattern[str] | None) -> ImageRecord:
     group = _find_group(row, pattern)
-    renamed = _rename_patient(row.path) if group is None and row.path is not None else None
-    group = group or renamed or row.name
-    return ImageRecord(row.name, label, group, row.split, row.path, row.pixels, renamed=renamed is not None)
-
-
-def _rename_patient(path: Path) -> str | None:
-    header = read_header(path)
-    return rename_patient(header.patient, key=load_key()) if header and header.patient else None
+    header = read_header(row.path) if group is None and row.path is not None else None
+    renamed = rename_patient(header.patient, key=load_key()) if header and header.patient else None
+    return ImageRecord(
+        row.name, label, group or renamed or row.name, row.split, row.path, row.pixels,
+        renamed=renamed is not None, channels=header.channels if header else None,
+    )  # fmt: skip
 
 
 def _compile(group_pattern: str | None) -> re.Pattern[str] | None:
