@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class UnfinishedRun(Exception):  # noqa: N818
-    """The user stopped a run that can go on."""
+    """A run that can go on was stopped, by the user or because the system refused something; says which."""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -291,24 +291,28 @@ def run_demo(
 
 def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "Run":
     from chanscale.data import open_images
+    from chanscale.files import describe_refusal
     from chanscale.pipeline import scale_and_select
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)
-    warn_about_patients(
-        # Without a name, so that they are not held through the run, which opens them itself.
-        open_images(data, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames),
-        config.group_pattern,
-        "who may then stand on two sides of the split",
-    )
     try:
+        warn_about_patients(
+            # Without a name, so that they are not held through the run, which opens them itself.
+            open_images(
+                data, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames
+            ),
+            config.group_pattern,
+            "who may then stand on two sides of the split",
+        )
         with watching(config) as watcher:
             return scale_and_select(
                 config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
             )
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, OSError) as stop:
         if folder.partial.exists():
-            raise UnfinishedRun from interrupt
+            reason = f"error: {describe_refusal(stop)}" if isinstance(stop, OSError) else "interrupted"
+            raise UnfinishedRun(reason) from stop
         raise
 
 
