@@ -297,14 +297,13 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
 
     folder = RunFolder.open(out_folder, config, resume=resume)
     try:
-        warn_about_patients(
-            # Without a name, so that they are not held through the run, which opens them itself.
-            open_images(
-                data, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames
-            ),
-            config.group_pattern,
-            "who may then stand on two sides of the split",
-        )
+        if config.group_pattern is None:  # else there is nothing to warn of, and no need to list them twice
+            warn_about_patients(
+                # Without a name, so that they are not held through the run, which opens them itself.
+                open_images(data, skip_bad=config.skip_bad, frames=config.frames),
+                None,
+                "who may then stand on two sides of the split",
+            )
         with watching(config) as watcher:
             return scale_and_select(
                 config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
