@@ -28,7 +28,7 @@ from chanscale.artifact import load_model
 from chanscale.backbones import BACKBONES
 from chanscale.classifier import probabilities
 from chanscale.config import FitConfig
-from chanscale.data import ImageSet, phantoms, read_image
+from chanscale.data import ImageSet, open_images, phantoms, read_image
 from chanscale.errors import TrainingError
 from chanscale.progress import Watcher
 from chanscale.schedule import plan_epochs
@@ -303,6 +303,18 @@ def test_nothing_is_pointed_out_where_the_pattern_is_given(tmp_path, asked, caps
 def leave_unfinished_run(tmp_path):
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "config.yaml").write_text(FitConfig().to_yaml())
+
+
+@pytest.mark.parametrize(("given", "times"), [([], 1), (["--group-pattern=^(\\d+)_"], 0)])
+def test_images_are_listed_beforehand_only_where_no_pattern_finds_patients(
+    tmp_path, asked, monkeypatch, given, times
+):
+    listed = []
+    monkeypatch.setattr(
+        "chanscale.data.open_images", lambda *given, **how: listed.append(given) or open_images(*given, **how)
+    )
+    assert fit(tmp_path, *given) == 0
+    assert len(listed) == times
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])

@@ -382,7 +382,7 @@ def test_a_deflated_file_is_listed_without_growing_without_bounds(tmp_path, monk
         tmp_path / "a.dcm", pixels, bits=8, compression=DeflatedExplicitVRLittleEndian, PatientID="P1"
     )
     assert path.stat().st_size < 10_000
-    assert reader.read_header(path) == reader.Header("P1", 1, 1)
+    assert reader.read_header(path) == reader.Header("P1", 1, 1, 2048, 2048)
     # Three chunks of 1 MiB are held at the most where 4 MiB are refused; pydicom would hold them all.
     monkeypatch.setattr(reader, "_MAX_INFLATED", 2**21)
     tracemalloc.start()

@@ -8,6 +8,7 @@ import stat
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,11 @@ from chanscale.config import FitConfig
 from chanscale.data import decode_images, open_images, read_splits, split_images, write_splits
 from chanscale.data.dicom_patients import KEY_VARIABLE, key_path, load_key, rename_patient
 from chanscale.data.listing import list_images
+from chanscale.data.sources import ImageRecord
 from chanscale.depth import cross_validate
 from chanscale.errors import ConfigError, DataError, SplitError
+from chanscale.novelty import traits
+from chanscale.novelty.traits import read_dimensions
 from dicom_files import dicom, save, write
 from tiny_reports import few_draws
 
@@ -258,6 +262,24 @@ def test_images_that_a_run_has_seen_are_pointed_out_whichever_frames_were_taken(
 
 
 # --- sources side by side
+
+
+def test_a_header_is_read_once_for_the_patient_and_the_channels(tmp_path, monkeypatch):
+    data, opened, read = draw(tmp_path / "data"), [], Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *mode, **how: opened.append(path) or read(path, *mode, **how)
+    )
+    images = open_images(data)
+    assert decode_images(images, image_size=32, workers=0, cache_bytes=0).channels == 1
+    assert sorted(path for path in opened if path.suffix == ".dcm") == sorted(data.rglob("*.dcm"))
+
+
+def test_the_header_tells_how_large_an_image_is_without_its_pixels(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "1.dcm", np.zeros((24, 40), np.uint16))
+    monkeypatch.setattr(traits, "read_image", None)
+    record = ImageRecord("1.dcm", 0, "1.dcm", path=tmp_path / "a" / "1.dcm")
+    assert read_dimensions(record) == (40, 24)
+    assert read_dimensions(replace(record, frame=1)) == (40, 24)
 
 
 def test_png_and_dicom_stand_side_by_side_in_a_class(tmp_path):

@@ -22,11 +22,10 @@ def test_bytes_of_a_name_are_written_as_they_came(tmp_path):
 
 @pytest.mark.parametrize("name", ["file", "gone/file"])
 def test_an_error_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, name):
-    def write_half(self, content):
-        self.touch()
+    def refuse(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match=name) as caught:
         write_atomically(tmp_path / name, "text")
     assert caught.value.filename == str(tmp_path / name)

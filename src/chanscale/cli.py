@@ -14,6 +14,7 @@ from chanscale.deploy_commands import export, latency
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 from chanscale.explain_command import explain
+from chanscale.files import describe_refusal
 from chanscale.leaks_command import leaks
 from chanscale.learning_curve_command import learning_curve
 from chanscale.report_command import report
@@ -58,10 +59,10 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _fail(_describe_usage(error))
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except UnfinishedRun:
-        complain(f"interrupted; go on after the last whole epoch with: {_resume(arguments)}")
-        return INTERRUPTED
+        return _fail(describe_refusal(error))
+    except UnfinishedRun as stop:
+        complain(f"{stop}; go on after the last whole epoch with: {_resume(arguments)}")
+        return FAILED if isinstance(stop.__cause__, OSError) else INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:

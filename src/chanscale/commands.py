@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class UnfinishedRun(Exception):  # noqa: N818
-    """The user stopped a run that can go on."""
+    """A run that can go on was stopped, by the user or because the system refused something; says which."""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -295,24 +295,27 @@ def run_demo(
 
 
 def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "Run":
+    from chanscale.files import describe_refusal
     from chanscale.pipeline import open_path, scale_and_select
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)
-    warn_about_patients(
-        # Without a name, so that they are not held through the run, which opens them itself.
-        open_path(data, config),
-        config.group_pattern,
-        "who may then stand on two sides of the split",
-    )
     try:
+        if config.group_pattern is None:  # else there is nothing to warn of, and no need to list them twice
+            warn_about_patients(
+                # Without a name, so that they are not held through the run, which opens them itself.
+                open_path(data, config),
+                None,
+                "who may then stand on two sides of the split",
+            )
         with watching(config) as watcher:
             return scale_and_select(
                 config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
             )
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, OSError) as stop:
         if folder.partial.exists():
-            raise UnfinishedRun from interrupt
+            reason = f"error: {describe_refusal(stop)}" if isinstance(stop, OSError) else "interrupted"
+            raise UnfinishedRun(reason) from stop
         raise
 
 

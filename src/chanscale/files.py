@@ -1,5 +1,6 @@
 """Files that are whole or not there at all, and what is written to them."""
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from typing import Any
 from filelock import Timeout
 
 from chanscale.errors import ArtifactError, ConfigError
+
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas of this kind
 
 
 def require_writable(path: Path) -> None:
@@ -81,11 +84,25 @@ def _is_special(path: Path) -> bool:
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that restarts may have the name without the content
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell whether the system refused because the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def describe_refusal(error: OSError) -> str:
+    """Return in one line what the system refused, and why; of a full disk, what to do."""
+    reason = "the disk is full; make room on it" if is_full(error) else error.strerror or error
+    return f"{error.filename or 'input or output'}: {reason}"
 
 
 def is_file(path: Path) -> bool:

@@ -18,7 +18,7 @@ from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
 from chanscale.depth import WHOLE, Depth
 from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError, one_line
-from chanscale.files import claiming, read_json, to_json, write_atomically
+from chanscale.files import claiming, is_full, read_json, to_json, write_atomically
 from chanscale.novelty.detector import Verdict
 from chanscale.novelty.fitting import fit_novelty
 from chanscale.novelty.storage import NOVELTY, save_novelty
@@ -121,11 +121,12 @@ class RunFolder:
         write_history(self.partial / "history.csv", run.history)
         write_plots(self.partial, run.history, run.widths, info.widths, metrics)
         self._report(replace(run, info=info))
-        self._checkpoint.unlink(missing_ok=True)
         for left in self.partial.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
         self.release()
         self.partial.rename(self.out)
+        # Last: whoever is killed before that loses no epoch.
+        (self.out / self._checkpoint.name).unlink(missing_ok=True)
         return info
 
     def _export(self, model: Classifier, info: ModelInfo) -> ModelInfo:
@@ -150,6 +151,8 @@ class RunFolder:
         except (ArtifactError, DataError) as error:  # the first of a network that no name rebuilds
             return {"reason": one_line(error)}
         except Exception as error:  # whatever it is, a trained model is not lost for a detector beside it
+            if is_full(error):  # nor is it now: the run goes on when there is room
+                raise
             reason = f"{type(error).__name__}: {one_line(error)[:200]}"
             _log.warning("no %s was written (%s); predict will flag no image", NOVELTY, reason)
             return {"reason": reason}
@@ -159,6 +162,8 @@ class RunFolder:
         try:
             write_report(run, self.partial / REPORT)
         except Exception as error:  # whatever it is, a trained model is not lost for a page about it
+            if is_full(error):
+                raise
             _log.warning(
                 "no %s was written (%s); try `chanscale report %s --images DATA`",
                 REPORT, one_line(error)[:200], self.out,
@@ -185,6 +190,8 @@ class RunFolder:
         return self.partial / "checkpoint.safetensors"
 
     def _require_same_config(self) -> None:
+        if all(path.name.startswith(".") for path in self.partial.iterdir()):
+            return  # killed before the configuration was written, which comes first
         begun = FitConfig.read(self.partial / "config.yaml")
         changed = [
             name for name in FitConfig.model_fields if getattr(begun, name) != getattr(self.config, name)

@@ -40,6 +40,7 @@ _QUIET = ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls")
 _QUIET_MODULES = rf"({'|'.join(_QUIET)})(\.|$)"
 _QUIET_FILTER = ("ignore", None, Warning, re.compile(_QUIET_MODULES), 0)
 _MAX_INFLATED = 2**30
+_HEAD = 512  # bytes that tell whether a file is DICOM
 _CHUNK = 2**20  # bytes, to read and to unpack at a time
 _FRAME = re.compile(r"#[1-9]\d*\Z")
 _LISTED = ("PatientID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
@@ -58,11 +59,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header says of a DICOM file: the patient (None where it does not say), frames, and channels."""
+    """What the header says of a DICOM file: the patient (None where it does not say), frames, channels, pixels."""
 
     patient: str | None = field(repr=False)
     frames: int
     channels: int
+    width: int
+    height: int
 
 
 def name_frame(name: str, number: int) -> str:
@@ -101,18 +104,31 @@ def is_listed(path: Path) -> bool:
 def read_header(path: Path) -> Header | None:
     """Return what the header of a file says, or None where the file is no DICOM or cannot be read."""
     try:
-        if not is_dicom(path, _read_head(path)):
-            return None
         with path.open("rb") as file:
-            _refuse_inflated(file)
-            dataset = _parse(file, stop_before_pixels=True, specific_tags=list(_LISTED))
-        _complete(dataset)
-        patient = str(dataset.get("PatientID") or "").strip()
-        channels = 1 if dataset.PhotometricInterpretation.startswith("MONOCHROME") else 3
-        frames = 1 if _is_bomb(dataset) else _count_frames(dataset)
-        return Header(patient or None, frames, channels)
+            return header_of(path, file)
+    except OSError:
+        return None
+
+
+def header_of(path: Path, file: BinaryIO) -> Header | None:
+    """Return the same of the file at `path` that is open, and at its start."""
+    try:
+        if not is_dicom(path, file.read(_HEAD)):
+            return None
+        file.seek(0)
+        _refuse_inflated(file)
+        return _to_header(_parse(file, stop_before_pixels=True, specific_tags=list(_LISTED)))
     except Exception:  # reading the pixels says what is wrong
         return None
+
+
+def _to_header(dataset: "Dataset") -> Header:
+    _complete(dataset)
+    patient = str(dataset.get("PatientID") or "").strip()
+    channels = 1 if dataset.PhotometricInterpretation.startswith("MONOCHROME") else 3
+    frames = 1 if _is_bomb(dataset) else _count_frames(dataset)
+    width, height = (int(dataset.get(keyword) or 0) for keyword in ("Columns", "Rows"))
+    return Header(patient or None, frames, channels, width, height)
 
 
 def read_dicom(data: bytes, *, frame: int = 1) -> NDArray[np.uint16]:
@@ -258,4 +274,4 @@ def _inflates_beyond(file: BinaryIO, most: int) -> bool:
 
 def _read_head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(512)
+        return file.read(_HEAD)

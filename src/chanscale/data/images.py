@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from chanscale.data.dicom import DICOM_SUFFIXES, Frame, is_dicom, read_dicom, read_header
+from chanscale.data.dicom import DICOM_SUFFIXES, Frame, header_of, is_dicom, read_dicom
 from chanscale.data.volumes import VOLUME_SUFFIXES, is_volume
 from chanscale.errors import UnreadableImageError, one_line
 
@@ -72,10 +72,11 @@ def count_channels(source: Source) -> int:
     path = source.path if isinstance(source, Frame) else Path(source)
     if is_volume(path):
         return 1
-    if header := read_header(path):
-        return header.channels
     try:
         with path.open("rb") as file:
+            if header := header_of(path, file):
+                return header.channels
+            file.seek(0)
             head = file.read(_PNG_KIND.stop)
             if _is_wide_png(head):  # Pillow has no mode for grey with alpha in 16 bits, and calls it RGBA
                 return 1 if head[_PNG_KIND] == _WIDE_GREY_ALPHA else 3

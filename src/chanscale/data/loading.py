@@ -157,7 +157,7 @@ def decode_images(
     """
     _require_kind(images, space)
     records = images.records
-    with closing(_map_ahead(count_channels, map(source_of, records), workers=workers)) as counts:
+    with closing(_map_ahead(_count_channels, records, workers=workers)) as counts:
         shape = (len(records), *shape_of(max(counts), image_size, space))
     fits = math.prod(shape) * np.dtype(np.uint16).itemsize <= _find_cache_bytes(cache_bytes)
     cache = np.empty(shape, dtype=np.uint16) if fits else None
@@ -236,6 +236,10 @@ def source_of(record: ImageRecord) -> Source:
     if record.path is not None and record.frame is not None:
         return Frame(record.path, record.frame)
     return record.path or record.name
+
+
+def _count_channels(record: ImageRecord) -> int:
+    return record.channels or count_channels(source_of(record))
 
 
 def _read(record: ImageRecord, shape: tuple[int, ...], space: VolumeSpace | None) -> Pixels:

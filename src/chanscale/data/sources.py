@@ -33,6 +33,7 @@ class ImageRecord:
     -1 where that is unknown. `group` is the patient, or the name itself where no patient is known. `split` is
     the side that the source itself puts the image on. Either `path` or `pixels` is there. `frame`, from 1, is
     one of several of a DICOM file. `renamed`: the group is a patient of a DICOM header, under another name.
+    `channels`: 1 or 3, where the header was read already.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ImageRecord:
     frame: int | None = None
     renamed: bool = False
     labels: tuple[int, ...] = ()
+    channels: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_volume(self) -> bool:
@@ -275,17 +277,15 @@ def _to_records(
 
 def _to_record(row: Row, index: Mapping[str, int], pattern: re.Pattern[str] | None) -> ImageRecord:
     group = _find_group(row, pattern)
-    renamed = _rename_patient(row.path) if group is None and row.path is not None else None
-    group = group or renamed or row.name
-    found = ImageRecord(row.name, 0, group, row.split, row.path, row.pixels, renamed=renamed is not None)
+    header = read_header(row.path) if group is None and row.path is not None else None
+    renamed = rename_patient(header.patient, key=load_key()) if header and header.patient else None
+    found = ImageRecord(
+        row.name, 0, group or renamed or row.name, row.split, row.path, row.pixels,
+        renamed=renamed is not None, channels=header.channels if header else None,
+    )  # fmt: skip
     if row.labels is None:
         return replace(found, label=index[row.label])
     return replace(found, labels=tuple(row.labels.get(name, UNKNOWN) for name in index))
-
-
-def _rename_patient(path: Path) -> str | None:
-    header = read_header(path)
-    return rename_patient(header.patient, key=load_key()) if header and header.patient else None
 
 
 def _compile(group_pattern: str | None) -> re.Pattern[str] | None:

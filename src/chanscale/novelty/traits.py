@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from chanscale.classifier import Classifier, probabilities
+from chanscale.data.dicom import Frame, read_header
 from chanscale.data.images import FORMATS, read_image
 from chanscale.data.loading import BatchLoader, DecodedImages, Progress, source_of
 from chanscale.data.sources import ImageRecord
@@ -132,7 +134,10 @@ def read_dimensions(record: ImageRecord) -> tuple[int, int]:
         return source.shape[1], source.shape[0]
     try:
         return _read_header(source)
-    except Exception:  # of a kind that only read_image knows, or damaged: it says how
+    except Exception:  # DICOM, of another kind that only read_image knows, or damaged: it says how
+        path = source.path if isinstance(source, Frame) else Path(source)
+        if (header := read_header(path)) and header.width and header.height:
+            return header.width, header.height
         _, height, width = read_image(source, size=None).shape
         return width, height
 
