@@ -14,6 +14,7 @@ from chanscale.deploy_commands import export, latency
 from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 from chanscale.explain_command import explain
+from chanscale.followers import is_follower, sign
 from chanscale.leaks_command import leaks
 from chanscale.learning_curve_command import learning_curve
 from chanscale.report_command import report
@@ -58,17 +59,19 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except UnfinishedRun:
+        if is_follower():
+            return INTERRUPTED
         complain(f"interrupted; go on after the last whole epoch with: {_resume(arguments)}")
         return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and not is_follower():
         complain("interrupted; nothing half-written is left")
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: object) -> int:
-    complain(f"error: {message}")
+    complain(f"{sign()}error: {message}")
     return FAILED
 
 
