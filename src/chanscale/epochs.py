@@ -85,6 +85,7 @@ class EpochRunner(Learner):
             weight.grad += 2 * self.config.head_decay * weight.detach()
         kind = self.config.penalty if moment.phase == "scale" else None
         step = 0.0
+        scales.drop_rounding()
         if kind == "gradient":
             step = self.penalty.add_gradient(scales, self._pace(moment, done), lr=state.scale_lr)
         optimizer.step()
