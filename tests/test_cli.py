@@ -190,6 +190,7 @@ def other_value(name):
         "tolerance": 0.01, "budget_of": "macs", "penalty": "gradient", "weigh_by": "macs",
         "precision": "32-true", "device": "cpu", "backbone": "other", "micro_batch": 4,
         "threshold": 0.05, "depth": "full", "sensitivity": 0.9, "coverage": 0.9, "frames": "all",
+        "label_columns": "mass,effusion", "spacing": 1.5, "window": (-1000.0, 400.0),
     }  # fmt: skip
     if name in special:
         return special[name]
@@ -201,9 +202,9 @@ def other_value(name):
 @pytest.mark.parametrize("name", FitConfig.model_fields)
 def test_every_field_of_the_configuration_is_an_option(tmp_path, asked, name):
     option, value = name.replace("_", "-"), other_value(name)
-    words = (
-        [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-    )
+    words = [f"--{'' if value else 'no-'}{option}"]
+    if not isinstance(value, bool):
+        words = [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
     assert fit(tmp_path, *words) == 0
     assert asked.config == FitConfig(**{name: value})
 

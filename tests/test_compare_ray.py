@@ -19,11 +19,15 @@ import pytest
 import torch
 
 import tiny_cell
+import tiny_trial
+from chanscale import cli
 from chanscale.comparison import processes, ray_cells
 from chanscale.comparison.cells import read_cell
 from chanscale.comparison.ray_cells import joined_ray
+from chanscale.tuning import search
 from test_cli import OPTIONS, draw, error_of, words
 from test_compare import cells_of, compare, require_interrupted, spec_of, wait_for_first_cell
+from test_tune import trials_of
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs: pip install 'chanscale[ray]'")
 TESTS = Path(__file__).parent
@@ -111,6 +115,18 @@ def test_cells_on_ray_are_those_of_processes(data, tiny, tmp_path, capsys, monke
     assert compare(data, tmp_path / "here", *asked) == 0
     assert cells_of(tmp_path / "ray") == cells_of(tmp_path / "here")
     assert len(cells_of(tmp_path / "ray")) == 1
+
+
+def test_trials_on_ray_are_those_of_processes(data, tiny, tmp_path, capsys, monkeypatch, address, hook):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as many as a trial has on Ray
+    monkeypatch.setattr(search, "TRIAL_PROGRAM", tiny_trial.PROGRAM)
+    monkeypatch.setattr(ray_cells, "PATIENCE", 300.0)  # of a busy machine
+    asked = ["tune", str(data), *OPTIONS, "--search=pressure,head_lr", "--trials=2"]
+    assert cli.run([*asked, "--out", str(tmp_path / "ray"), "--ray", address]) == 0
+    assert re.search(r"^2/2 trial 1: validation AUC \d", words(capsys)[1], re.M)
+    assert cli.run([*asked, "--out", str(tmp_path / "here")]) == 0
+    assert trials_of(tmp_path / "ray") == trials_of(tmp_path / "here")
+    assert len(trials_of(tmp_path / "ray")) == 2
 
 
 def test_a_killed_worker_costs_one_cell_and_the_next_run_completes_it(

@@ -173,7 +173,7 @@ def test_a_near_tie_is_one_within_the_margin(fitted):
 
 def test_a_program_is_judged_by_its_pixels_alone(phantoms):
     model = tiny_model()
-    program = Program(model, model.classes, channels=1, image_size=32)
+    program = Program(model, model.classes, shape=(1, 32, 32))
     assert find_layers(program, torch.zeros(1, 1, 32, 32)) == ()
     detector = fit_novelty(program, as_images(phantoms[:80]), SPLITS)
     verdicts = detector.judge(program, as_images([255 - array for array in phantoms[80:]])).verdicts

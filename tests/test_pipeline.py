@@ -363,4 +363,4 @@ def test_a_program_that_would_be_unpickled_is_refused(tmp_path):
             copy_of_it.writestr(item, content)
     digest = hashlib.sha256(forged.read_bytes()).hexdigest()
     with pytest.raises(ArtifactError, match="is a pickled object"):
-        load_program(forged, ("no", "yes"), digest=digest, channels=1, image_size=32)
+        load_program(forged, ("no", "yes"), digest=digest, shape=(1, 32, 32))

@@ -27,6 +27,7 @@ from chanscale.novelty.storage import FORMAT as NOVEL
 from chanscale.novelty.storage import load_novelty
 from chanscale.novelty.traits import read_dimensions
 from chanscale.report_page.material import read_history, read_metrics
+from chanscale.tuning.trials import read_trial
 from dicom_files import COMPRESSIONS, dicom  # of tests/
 
 Bytes = Callable[[bytes], bytes]
@@ -213,6 +214,11 @@ CELL = {
     "cell": {"method": "ours", "size": None, "fold": 0, "seed": 0},
     "test": {"a": [1]},
 }
+TRIAL = {
+    "format": "chanscale-trial/1", "number": 0, "state": "complete", "options": {"budget": 0.9}, "validation_auc": 0.8,
+    "parameters": {"kept": 1, "removed": 0.9}, "macs": {"kept": 1, "removed": 0.9}, "aucs": [0.8], "epochs": 6,
+    "seconds": 1.5,
+}  # fmt: skip
 FIGURES = {
     "accuracy": {"value": 0.5, "low": 0.1, "high": 0.9}, "auc": {"value": None, "low": None, "high": None},
     "before": {}, "best_epoch": 1, "bytes": {"model": 9}, "depth": {"layer": None}, "epochs": 2,
@@ -251,6 +257,7 @@ TARGETS = {
     "metrics": Target("metrics.json", read_metrics, lambda: documents(FIGURES)),
     "history": Target("history.csv", read_history, lambda: [HISTORY]),
     "cell": Target("ours-all-f0-s0.json", read_cell, lambda: documents(CELL)),
+    "trial": Target("0000.json", read_trial, lambda: documents(TRIAL)),
 }  # fmt: skip
 
 

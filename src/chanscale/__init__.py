@@ -39,6 +39,7 @@ _HOMES = {
     "scale_and_select": "pipeline",
     "select_channels": "selection",
     "soft_threshold": "scaling",
+    "tune": "tuning.search",
     "verify_model": "provenance",
     "write_phantoms": "data.phantoms",
 }
@@ -73,6 +74,7 @@ __all__ = [
     "scale_and_select",
     "select_channels",
     "soft_threshold",
+    "tune",
     "verify_model",
     "write_phantoms",
 ]
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from chanscale.scaling import ChannelScale, soft_threshold
     from chanscale.selection import ChannelSelection, select_channels
     from chanscale.training import fit
+    from chanscale.tuning.search import tune
 
 
 def __getattr__(name: str) -> Any:

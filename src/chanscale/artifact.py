@@ -19,7 +19,9 @@ from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
 from chanscale.conformal import PredictionSets
 from chanscale.cutting_points import cut_trunk
-from chanscale.errors import ArtifactError, ChanscaleError, ModelError, brief, clip, one_line
+from chanscale.data.loading import shape_of
+from chanscale.data.volumes import VolumeSpace
+from chanscale.errors import ArtifactError, ChanscaleError, ConfigError, ModelError, brief, clip, one_line
 from chanscale.files import parse_json, write_atomically
 from chanscale.modes import in_eval
 from chanscale.operating_point import OperatingPoint
@@ -48,6 +50,7 @@ class ModelInfo:
     ours replaced, if one was. `without`: the modules of its trunk that are left out. `rebuilt_by`: its name; or a
     program that lies beside the file; or only the original network. `operating_point`, `prediction_sets`: how to read
     its probabilities, where that was settled. `multilabel`: whether an image may have several of the classes, or none.
+    `space`: how volumes are read; None for a model of pictures.
     """
 
     backbone: str
@@ -63,11 +66,22 @@ class ModelInfo:
     operating_point: OperatingPoint | None = None
     prediction_sets: PredictionSets | None = None
     multilabel: bool = False
+    space: VolumeSpace | None = None
 
     @property
     def is_binary(self) -> bool:
         """Whether there are two classes, of which an image has one; the second is the positive one."""
         return len(self.classes) == 2 and not self.multilabel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an image as the model takes it: (C, S, S), or (C, S, S, S) for volumes."""
+        return shape_of(self.channels, self.image_size, self.space)
+
+    def require_pictures(self, what: str) -> None:
+        """Raise ConfigError for a model of volumes, which `what` is not for."""
+        if self.space is not None:
+            raise ConfigError(f"{what} is for models of pictures, and this one takes volumes")
 
     @property
     def network(self) -> str:
@@ -102,7 +116,7 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     if trunk is None and info.rebuilt_by == "program":
         program = load_program(
             path.with_name(PROGRAM), info.classes,
-            digest=info.program, channels=info.channels, image_size=info.image_size, multilabel=info.multilabel,
+            digest=info.program, shape=info.shape, multilabel=info.multilabel,
         )  # fmt: skip
         return program, info
     if not isinstance(trunk, nn.Module | None):
@@ -154,7 +168,7 @@ def _require_indices(name: str, indices: list[int], whole: int, width: int, *, e
 def _require_run(model: Classifier, info: ModelInfo) -> None:
     """Run `model` on an empty image: widths that do not fit each other are found now, and not in use."""
     with in_eval(model):
-        model(torch.zeros(1, info.channels, info.image_size, info.image_size))
+        model(torch.zeros(1, *info.shape))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:

@@ -20,10 +20,10 @@ ChannelOrder = Literal["rgb", "bgr"]
 class Preprocessing(nn.Module):
     """Turn pixels in [0, 1] into what a backbone was trained on: `(order(x) * scale - mean) / std`.
 
-    Input: (N, 1 or 3, H, W), grey or RGB. Output: (N, 3, H, W), grey replicated, in the channel order
-    `order`, which `mean` and `std` follow. `folded`: for a network whose first convolution does the rest itself, grey
-    alone: (N, 2, H, W), the image times `scale`, and ones. It holds no parameters and adds nothing to a state dict.
-    Raises ConfigError for a setting that cannot be.
+    Input: (N, 1 or 3, *), grey or RGB. Output: (N, 3, *), grey replicated, in the channel order `order`, which `mean`
+    and `std` follow. With one number in each, for a network of one channel: (N, 1, *), grey alone. `folded`: for a
+    network whose first convolution does the rest itself, grey alone: (N, 2, H, W), the image times `scale`, and ones.
+    It holds no parameters and adds nothing to a state dict. Raises ConfigError for a setting that cannot be.
     """
 
     mean: Tensor
@@ -49,12 +49,20 @@ class Preprocessing(nn.Module):
         self.register_buffer("std", _per_channel(std), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, 3, H, W), or (N, 2, H, W) for a folded network. Raises ModelError for colour there."""
+        """Return (N, 3, *), or (N, 1, *), or (N, 2, H, W) for a folded network. Raises ModelError for colour there."""
         if self.folded:
             return self._for_folded(x)
+        if self.takes_grey_alone and x.shape[1] != 1:
+            raise ModelError(f"this network takes grey images, (N, 1, *). Got {tuple(x.shape)} instead.")
         # A grey channel is replicated by broadcasting against `mean`: it traces without a branch.
         ordered = x.flip(1) if self.order == "bgr" else x
-        return (ordered * self.scale - self.mean) / self.std
+        mean, std = (value[..., None] if x.dim() == 5 else value for value in (self.mean, self.std))
+        return (ordered * self.scale - mean) / std
+
+    @property
+    def takes_grey_alone(self) -> bool:
+        """Whether images in colour are an error."""
+        return self.folded or len(self._mean) == 1
 
     def _for_folded(self, x: Tensor) -> Tensor:
         if x.shape[1] != 1:
@@ -84,7 +92,7 @@ class Preprocessing(nn.Module):
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 def _check_preprocessing(order: Any, scale: Any, mean: Any, std: Any) -> None:
@@ -92,8 +100,11 @@ def _check_preprocessing(order: Any, scale: Any, mean: Any, std: Any) -> None:
         raise ConfigError(f"`order` must be 'rgb' or 'bgr'. Got order={order!r} instead.")
     if not _are_numbers(scale, 1):
         raise ConfigError(f"`scale` must be a number. Got scale={scale[0]!r} instead.")
-    if not (_are_numbers(mean, 3) and _are_numbers(std, 3) and 0 not in std):
-        raise ConfigError(f"`mean` and `std` must be three numbers, std not 0. Got {mean=}, {std=} instead.")
+    if not any(_are_numbers(mean, count) and _are_numbers(std, count) and 0 not in std for count in (1, 3)):
+        raise ConfigError(
+            "`mean` and `std` must be three numbers, or one for a network of one channel, std not 0. "
+            f"Got {mean=}, {std=} instead."
+        )
 
 
 def _are_numbers(values: Any, count: int) -> bool:

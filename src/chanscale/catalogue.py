@@ -24,6 +24,9 @@ from chanscale.libraries import LIBRARIES, Library
 from chanscale.safe_loading import bare_tensors
 from chanscale.weight_sources import Progress
 
+VOLUMES = "@3d"
+"""How the name of a network for volumes ends."""
+
 
 @dataclass(frozen=True)
 class PretrainedNetwork:
@@ -54,6 +57,7 @@ class PretrainedNetwork:
 def build_network(name: str, *, dimensions: int = 2, channels: int = 3, bare: bool = False) -> nn.Module:
     """Return the network called `name` with random weights: a backbone of ours, or `<library>:<network>`.
 
+    A name that ends in `@3d` is that of the network for grey volumes, whatever `dimensions` and `channels` say.
     `transformers:` takes the name of a configuration (ResNet), or a folder or model of the hub, of which config.json
     is read. A backbone of ours gets a linear head, which it lacks, unless `bare`. Works on the meta device. Raises
     ConfigError when there is no such network, or when its library is not installed.
@@ -62,7 +66,7 @@ def build_network(name: str, *, dimensions: int = 2, channels: int = 3, bare: bo
     if found is None:
         return build_backbone(name) if bare else _with_head(build_backbone(name))
     with _told(name):
-        return _require_network(found.library.build(found.module, found.network, dimensions, channels), name)
+        return _require_network(found.build(dimensions, channels), name)
 
 
 def load_network(
@@ -70,6 +74,7 @@ def load_network(
 ) -> PretrainedNetwork:
     """Return the network called `name`, for RGB images, with pretrained weights and the preprocessing they go with.
 
+    One whose name ends in `@3d` is for grey volumes; it takes a file of weights, and voxels in [0, 1] as they are.
     `weights`: a .safetensors state dict of the network, by its own names, in place of the weights that its library
     fetches (for a backbone of ours: any file with its published tensors); the preprocessing stays that of the library,
     or ImageNet's where it has none. Draws no random numbers. Raises ConfigError, WeightsError.
@@ -89,6 +94,37 @@ def load_network(
 def require_network(name: str) -> None:
     """Raise ConfigError unless `name` is that of a backbone of ours, or of a library that is installed."""
     _find(name)
+
+
+def takes_volumes(name: str) -> bool:
+    """Tell whether the network called `name` is for volumes."""
+    return name.endswith(VOLUMES)
+
+
+def require_kind(name: str, dimensions: int) -> None:
+    """Raise ConfigError where the network called `name` is for pictures and the images are volumes, or the reverse.
+
+    The name of an object's class says nothing.
+    """
+    named = name in BACKBONES or ":" in name
+    if named and dimensions == 3 and not takes_volumes(name):
+        raise ConfigError(
+            f"the images are volumes, and {name} is for pictures; name a network for volumes, such as "
+            f"monai:resnet10{VOLUMES}, or pass one of your own in Python"
+        )
+    if named and dimensions == 2 and takes_volumes(name):
+        raise ConfigError(
+            f"the images are pictures, and {name} is for volumes; leave {VOLUMES} out of its name"
+        )
+
+
+def require_weights(name: str, weights: Path | None) -> None:
+    """Raise WeightsError where no `weights` are given for a network that none can be fetched for."""
+    if takes_volumes(name) and name not in BACKBONES and weights is None:
+        raise WeightsError(
+            f"no weights of {name} can be fetched: pass its state dict as a .safetensors file with --weights FILE, "
+            "or in Python a network of your own"
+        )
 
 
 def load_weights(model: nn.Module, path: Path) -> set[str]:
@@ -123,10 +159,16 @@ class _Found:
     library: Library
     module: ModuleType
     network: str
+    for_volumes: bool
 
     @property
     def name(self) -> str:
-        return f"{self.module.__name__}:{self.library.spell(self.module, self.network)}"
+        spelt = self.library.spell(self.module, self.network)
+        return f"{self.module.__name__}:{spelt}{VOLUMES if self.for_volumes else ''}"
+
+    def build(self, dimensions: int, channels: int) -> nn.Module:
+        size = (3, 1) if self.for_volumes else (dimensions, channels)
+        return self.library.build(self.module, self.network, *size)
 
 
 def _find(name: str) -> _Found | None:
@@ -141,20 +183,28 @@ def _find(name: str) -> _Found | None:
         raise ConfigError(f"{library!r} is no source of networks; have {have}")
     if not network:
         raise ConfigError(f"{name!r} names no network; write {library}:<network>")
-    return _Found(LIBRARIES[library], _import(library, name), network)
+    if takes_volumes(name) and not LIBRARIES[library].has_volumes:
+        have = ", ".join(source for source in sorted(LIBRARIES) if LIBRARIES[source].has_volumes)
+        raise ConfigError(f"{library} has no networks for volumes; have {have}")
+    return _Found(
+        LIBRARIES[library], _import(library, name), network.removesuffix(VOLUMES), takes_volumes(name)
+    )
 
 
 def _load(found: _Found, weights: Path | None) -> PretrainedNetwork:
     library, module, network = found.library, found.module, found.network
+    require_weights(found.name, weights)
     if weights is None:
         model, random = library.load(module, network)
     else:
-        model = _require_network(library.build(module, network, 2, 3), found.name)
+        model = _require_network(found.build(2, 3), found.name)
         random = load_weights(model, weights)
     return PretrainedNetwork(
         name=found.name,
         model=_require_network(model, found.name).eval(),
-        preprocessing=library.preprocess(module, network, model),
+        preprocessing=Preprocessing(mean=(0.0,), std=(1.0,))
+        if found.for_volumes
+        else library.preprocess(module, network, model),
         origin=f"{found.name}, weights from {weights.name if weights else module.__name__}",
         can_be_rebuilt=not library.is_elsewhere(network),
         random_layer=_random_layer(found.name, model, random),

@@ -30,7 +30,7 @@ NOTHING = LeftOut()
 class Classifier(nn.Module):
     """Preprocessing, a convolutional trunk, and a head, for a list of classes.
 
-    Input: (N, 1 or 3, H, W), pixels in [0, 1]. Output: logits, (N, 1) for two classes (that of the second,
+    Input: (N, 1 or 3, *), pixels in [0, 1]. Output: logits, (N, 1) for two classes (that of the second,
     the positive one) and (N, K) for K > 2, or where the model is `multilabel`: where an image may have several of its
     classes, or none. `left_out`: what the trunk lacks, if it ends early.
     """
@@ -64,6 +64,10 @@ class Classifier(nn.Module):
 
 def to_channels_last(model: Classifier) -> Classifier:
     """Lay the weights of `model` out, in place, as convolution kernels want them; return it."""
+    if any(
+        parameter.dim() == 5 for parameter in model.parameters()
+    ):  # of volumes: torch has another format for each
+        return model
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 

@@ -19,6 +19,7 @@ from chanscale.leaks_command import leaks
 from chanscale.learning_curve_command import learning_curve
 from chanscale.report_command import report
 from chanscale.stability_command import stability
+from chanscale.tune_command import tune
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -36,6 +37,7 @@ for command in (
     report,
     restore,
     stability,
+    tune,
     verify,
 ):
     app.command()(command)

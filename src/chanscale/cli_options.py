@@ -28,6 +28,17 @@ FramesOption = Annotated[
     typer.Option(help="Of DICOM files with several frames: take the first, or all, each as an image."),
 ]
 SkipOption = Annotated[bool, typer.Option(help="Leave unreadable images out, and count them.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Run them on Ray: local (here), auto, host:port or ray://host:port. "
+        "The images must lie at the same path on each node.",
+    ),
+]
+RayCpusOption = Annotated[
+    int | None, typer.Option(min=1, help="CPUs, and so threads, of each on Ray; 1 on a cluster.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the model file in it.")]
 DataArgument = Annotated[
     Path,

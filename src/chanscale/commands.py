@@ -118,6 +118,7 @@ def evaluate(
         decoded = decode_images(
             images,
             image_size=info.image_size,
+            space=info.space,
             skip_bad=skip_bad,
             progress=steps_of(watcher, "decoding images"),
         )
@@ -159,7 +160,8 @@ def predict(
     detector = find_novelty(run_folder)
     if abstain and detector is None:
         raise ConfigError(
-            f"{run_folder} has no {NOVELTY}, which --abstain needs: an average of models has none, nor an older run"
+            f"{run_folder} has no {NOVELTY}, which --abstain needs: an average of models has none, nor an older run, "
+            "nor one of volumes"
         )
     with watching() as watcher:
         predictions = predict_images(
@@ -201,9 +203,11 @@ def inspect(
 
     import torch
 
-    from chanscale.catalogue import build_network
+    from chanscale.catalogue import build_network, takes_volumes
     from chanscale.inspection import inspect_network
 
+    if takes_volumes(network):
+        dimensions, channels = 3, 1
     model = build_network(network, dimensions=dimensions, channels=channels)
     report = inspect_network(model, torch.randn(2, channels, *[size] * dimensions))
     if as_json:

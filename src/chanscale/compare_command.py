@@ -1,15 +1,21 @@
 """The command that compares ways to use a pretrained network; `cli` adds it to the others."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chanscale.cli_options import ConfigFileOption, merge_config, with_config_options
+from chanscale.cli_options import (
+    ConfigFileOption,
+    RayCpusOption,
+    RayOption,
+    merge_config,
+    with_config_options,
+)
 from chanscale.commands import require_outside, warn_about_patients
+from chanscale.comparison.place import Place
 from chanscale.config import FitConfig
 from chanscale.display import complain, describe_rows, out, say
 from chanscale.errors import ConfigError
@@ -24,15 +30,6 @@ if TYPE_CHECKING:
 FAILED_CELLS = 1
 SHOWN = ("method", "images", "cells", "test AUC", "ours less it", "removed", "seconds")
 """The columns of the table that a terminal has room for."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where cells run: how many at a time, on which Ray, and on how many CPUs of it."""
-
-    jobs: int | None
-    ray: str | None
-    ray_cpus: int | None
 
 
 @with_config_options
@@ -76,17 +73,8 @@ def compare(
             min=1, help="Cells at a time, which share the cores; 1, or all that a cluster has room for."
         ),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Run the cells on Ray: local (here), auto, host:port or ray://host:port. "
-            "The images must lie at the same path on each node.",
-        ),
-    ] = None,
-    ray_cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs, and so threads, of each cell on Ray; 1 on a cluster.")
-    ] = None,
+    ray: RayOption = None,
+    ray_cpus: RayCpusOption = None,
     table: Annotated[
         bool, typer.Option("--table", help="Run nothing; draw the table from the cells that are there.")
     ] = False,
@@ -108,13 +96,10 @@ def compare(
                 "name the images, DATA; or draw the table of cells that are there, with --table"
             )
         require_outside(data, out_folder)
-        if ray == "":
-            raise ConfigError("--ray must be local, auto, host:port or ray://host:port. Got ''.")
-        if ray_cpus and ray is None:
-            raise ConfigError("--ray-cpus is for cells on Ray: name one with --ray, or leave it out")
+        place = Place(jobs, ray, ray_cpus)
         config = merge_config(given, config_file)
         plan = _make_plan(methods, sizes, folds, only_folds, seeds, tries, config)
-        failed = _run_missing(plan, data, folder, _Place(jobs, ray, ray_cpus))
+        failed = _run_missing(plan, data, folder, place)
     _draw(folder, failed)
     if failed:
         raise typer.Exit(FAILED_CELLS)
@@ -145,7 +130,7 @@ def _make_plan(
     )  # fmt: skip
 
 
-def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: _Place) -> int:
+def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: Place) -> int:
     """Run the cells that are not there; return how many failed."""
     from chanscale.catalogue import require_network
     from chanscale.pipeline import open_path
@@ -155,7 +140,8 @@ def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: _Place) 
     warn_about_patients(images, plan.config.group_pattern, "who may then stand in several folds")
     # All that can be wrong with the plan is said before the folder is touched.
     plan.specs(data, images, "32-true")
-    with _opening(place, folder, plan.config) as runner, folder.working():
+    opening = place.opening(folder.cells, device=plan.config.device, tell=complain)
+    with opening as runner, folder.working():
         precision = folder.begin(plan, images)
         specs = plan.specs(data, images, precision, younger=folder.find_younger())
         missing = folder.missing(specs)
@@ -163,22 +149,6 @@ def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: _Place) 
             complain(f"{there} of {len(specs)} cells are there")
         jobs = place.jobs or (len(missing) if place.ray else 1)
         return _run(missing, folder, runner, jobs=max(1, jobs), done=there, total=len(specs))
-
-
-@contextmanager
-def _opening(place: _Place, folder: "GridFolder", config: FitConfig) -> "Iterator[CellProcesses | RayCells]":
-    """Give what runs the cells. Raises ConfigError when there is no Ray."""
-    from chanscale.comparison.processes import CellProcesses
-    from chanscale.comparison.ray_cells import joined_ray
-
-    jobs = place.jobs or 1
-    if place.ray is None:
-        yield CellProcesses(folder.cells, jobs=jobs)
-        return
-    with joined_ray(
-        place.ray, folder.cells, jobs=jobs, cpus=place.ray_cpus, device=config.device, tell=complain
-    ) as cells:
-        yield cells
 
 
 def _run(

@@ -34,7 +34,21 @@ class FitConfig(BaseModel):
 
     # --- images
     image_size: int = Field(
-        112, ge=32, le=2048, description="Side of the square the network sees, in pixels."
+        112,
+        ge=32,
+        le=2048,
+        description="Side of the square the network sees, in pixels; of volumes, of the cube, in voxels.",
+    )
+    spacing: float | None = Field(
+        None,
+        gt=0,
+        description="Of volumes: mm between voxels; what does not fit in the cube is cut off, what lacks is black. "
+        "Default: each volume is squashed to the cube.",
+    )
+    window: tuple[float, float] | None = Field(
+        None,
+        description="Of volumes: the values that become black and white, e.g. -160 240 of a CT. Default: the 0.5th and "
+        "99.5th percentile of each volume.",
     )
     group_pattern: str | None = Field(
         None,
@@ -224,6 +238,12 @@ class FitConfig(BaseModel):
     def _shares_leave_training_images(self) -> Self:
         if self.validation + self.test >= 0.9:
             raise ValueError("validation + test must be below 0.9, or nothing is left to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _window_ascends(self) -> Self:
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise ValueError("window must be a lower and a higher value")
         return self
 
     @classmethod

@@ -85,7 +85,7 @@ def settle_rules(
     return folded, DecisionRules(temperature, point, sets)
 
 
-def temper(logits: Floats, temperature: float, *, multilabel: bool) -> Floats:
+def temper(logits: Floats, temperature: float, *, multilabel: bool = False) -> Floats:
     """Return the probabilities (N, K) of logits that are divided by `temperature`, in fp32."""
     divided = torch.from_numpy(logits / np.float32(temperature))
     shares: Floats = probabilities(divided, multilabel=multilabel).numpy()

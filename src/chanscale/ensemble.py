@@ -89,10 +89,10 @@ def _read_runs(path: Path) -> list[str]:
 
 
 def _require_alike(folder: Path, infos: Sequence[ModelInfo]) -> None:
-    found = {(info.classes, info.image_size, info.channels) for info in infos}
+    found = {(info.classes, info.image_size, info.channels, info.space) for info in infos}
     if len(found) > 1:
         one, other = cast(tuple[Any, Any], sorted(found, key=str)[:2])
         raise ArtifactError(
-            f"the models in {folder} are of different kinds, {one} and {other} (classes, image size, channels), "
-            "and have no average"
+            f"the models in {folder} are of different kinds, {one} and {other} (classes, image size, channels, "
+            "how volumes are read), and have no average"
         )

@@ -29,7 +29,7 @@ class Library:
     `load(module, network)`: with pretrained weights, for RGB images; and the names of the tensors that have none.
     `preprocess(module, network, model)`: what the pretrained network was trained on.
     `spell(module, network)`: the one spelling of its names. `is_elsewhere(network)`: its architecture is told by a
-    folder, or by a hub, and not by the library.
+    folder, or by a hub, and not by the library. `has_volumes`: whether it builds networks in three dimensions.
     `by_hand`: how a person gets the weights.
     """
 
@@ -39,6 +39,7 @@ class Library:
     by_hand: str
     spell: Callable[[ModuleType, str], str] = lambda _, network: network
     is_elsewhere: Callable[[str], bool] = lambda _: False
+    has_volumes: bool = False
 
 
 def _imagenet(*_: Any) -> Preprocessing:
@@ -241,6 +242,7 @@ LIBRARIES: dict[str, Library] = {
         load=_load_monai,
         preprocess=_imagenet,
         spell=_spell_monai,
+        has_volumes=True,
         by_hand=_SAVE,
     ),
     "timm": Library(

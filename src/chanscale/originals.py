@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from chanscale.backbones import BACKBONES, Preprocessing
 from chanscale.catalogue import build_network, load_network
+from chanscale.errors import ModelError
 from chanscale.headless import Logits, remove_head, without_layer
 from chanscale.modes import device_of
 from chanscale.weight_sources import Progress
@@ -39,8 +41,9 @@ def open_original(
 ) -> Original:
     """Return the network called `model` with its pretrained weights, or the object `model`, without a head.
 
-    `images`: (N, 1 or 3, H, W), pixels in [0, 1], to run it on. `preprocessing`: default, what the source of the
-    network says; none for an object. An object is copied. Raises ConfigError, WeightsError, ModelError.
+    `images`: (N, 1 or 3, *), pixels in [0, 1], to run it on. `preprocessing`: default, what the source of the network
+    says; none for an object, which sees grey volumes in one channel if it takes one. An object is copied. Raises
+    ConfigError, WeightsError, ModelError.
     """
     if isinstance(model, str) and model in BACKBONES:
         network = load_network(model, weights=weights, progress=progress)
@@ -59,12 +62,34 @@ def open_original(
         network.check_head(headless.head)
         name, whole, can_be_rebuilt = network.name, network.model, network.can_be_rebuilt
     else:
-        preprocessing = preprocessing or Preprocessing()
+        require_dimensions(model, images)
+        preprocessing = preprocessing or _leave_as_it_is(model, images)
         headless = remove_head(model, preprocessing(images).to(device_of(model)))
         headless.trunk.cpu()
         name, whole, can_be_rebuilt = type(model).__name__, model, False
     full = sum(parameter.numel() for parameter in whole.parameters())
     return Original(name, headless.trunk, preprocessing, headless.head, full, can_be_rebuilt)
+
+
+def require_dimensions(model: nn.Module, images: Tensor) -> None:
+    """Raise ModelError where no convolution of `model` is for as many dimensions as `images` (N, C, *) have."""
+    kinds = {len(layer.kernel_size) for layer in _convolutions(model)}
+    if kinds and images.dim() - 2 not in kinds:
+        raise ModelError(
+            f"{type(model).__name__} convolves in {min(kinds)} dimensions, and the images have {images.dim() - 2}; "
+            "pictures need a network of 2, volumes of 3"
+        )
+
+
+def _leave_as_it_is(model: nn.Module, images: Tensor) -> Preprocessing:
+    first = next(iter(_convolutions(model)), None)
+    if images.dim() == 5 and first is not None and first.in_channels == 1:
+        return Preprocessing(mean=(0.0,), std=(1.0,))
+    return Preprocessing()
+
+
+def _convolutions(model: nn.Module) -> list[_ConvNd]:
+    return [module for module in model.modules() if isinstance(module, _ConvNd)]
 
 
 def trunk_of(network: nn.Module, head: str | None) -> nn.Module:

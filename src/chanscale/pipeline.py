@@ -17,7 +17,7 @@ from torch import nn
 from chanscale import __version__
 from chanscale.artifact import ModelInfo
 from chanscale.backbones import Preprocessing
-from chanscale.catalogue import require_network
+from chanscale.catalogue import require_kind, require_network, require_weights
 from chanscale.channels import carry_groups, free_groups
 from chanscale.classifier import Classifier, assemble, to_channels_last
 from chanscale.config import FitConfig
@@ -25,6 +25,7 @@ from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
+from chanscale.data.volumes import VolumeSpace
 from chanscale.decision_rules import require_support, settle_rules
 from chanscale.depth import Depth, choose_depth, end_trunk
 from chanscale.devices import find_precision, join_team, on_device
@@ -77,9 +78,10 @@ def scale_and_select(
     """Turn a pretrained network and labelled images into a small classifier, and write a run folder to `out`.
 
     `model`: the name of a backbone, or of a library's network (`monai:DenseNet121`), or a network of your own for
-    (N, 3, H, W): a classifier, whose head is replaced, or a trunk. `preprocessing`: what it wants done to pixels in
-    [0, 1]; default: what its source says, nothing for an object. `data`: a folder, CSV or npz file, or an `ImageSet`.
-    The run lies beside `out` until it is whole; with `resume`, an interrupted one goes on. Raises ChanscaleError.
+    (N, 3, H, W), or for volumes (N, 1, D, H, W): a classifier, whose head is replaced, or a trunk. `preprocessing`:
+    what it wants done to pixels in [0, 1]; default: what its source says, nothing for an object. `data`: a folder, CSV
+    or npz file, or an `ImageSet`. The run lies beside `out` until it is whole; with `resume`, an interrupted one goes
+    on. Raises ChanscaleError.
     """
     config, watcher = _name_network(model, preprocessing, config or FitConfig()), watcher or Watcher()
     folder = RunFolder.open(Path(out), config, resume=resume) if out is not None else None
@@ -217,8 +219,11 @@ def warn_of_imbalance(config: FitConfig, images: DecodedImages, splits: Splits) 
 
 
 def note_leaks(images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any] | None:
-    """Return the pairs of images beyond doubt that show one exposure, and warn of them; None for too many images."""
-    if len(images) > MOST_SEARCHED:
+    """Return the pairs of images beyond doubt that show one exposure, and warn of them.
+
+    None for too many images, and for volumes.
+    """
+    if len(images) > MOST_SEARCHED or images.space is not None:
         return None
     figures, warning = leaks_of_fit(images, splits, watcher=watcher)
     if warning:
@@ -243,6 +248,7 @@ def _name_network(model: object, preprocessing: object, config: FitConfig) -> Fi
             raise WeightsError(
                 f"there is no file {config.weights}; name one with the weights of {model}, or none"
             )
+        require_weights(model, config.weights)
         return config.model_copy(update={"backbone": model})
     if config.weights is not None:
         raise ConfigError("`weights` is for a network that is named; an object brings its own")
@@ -269,14 +275,25 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
             "`positive`, `group_pattern` and `label_columns` say how to open a path; an ImageSet is open already"
         )
     images = data if isinstance(data, ImageSet) else open_path(Path(data), config)
+    require_kind(config.backbone, images.dimensions)
     return decode_images(
         images,
         image_size=config.image_size,
+        space=_choose_space(images, config),
         workers=config.workers,
         cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
         skip_bad=config.skip_bad,
         progress=partial(watcher.on_step, "decoding images"),
     )
+
+
+def _choose_space(images: ImageSet, config: FitConfig) -> VolumeSpace | None:
+    """Return how the volumes are to be read; None for pictures. Raises ConfigError."""
+    if images.dimensions == 3:
+        return VolumeSpace(config.spacing, config.window)
+    if config.spacing is not None or config.window is not None:
+        raise ConfigError("spacing and window are for volumes, and these are pictures; leave them out")
+    return None
 
 
 def open_path(path: Path, config: FitConfig) -> ImageSet:
@@ -341,6 +358,7 @@ def describe_model(
         without=depth.without,
         rebuilt_by="name" if original.can_be_rebuilt else "program",
         multilabel=images.images.is_multilabel,
+        space=images.space,
     )
 
 

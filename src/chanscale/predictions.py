@@ -157,7 +157,9 @@ def predict_images(
     and UnreadableImageError unless `skip_bad` leaves such images out.
     """
     images = open_unlabelled(paths, info, frames=frames)
-    data = decode_images(images, image_size=info.image_size, skip_bad=skip_bad, progress=decoding)
+    data = decode_images(
+        images, image_size=info.image_size, space=info.space, skip_bad=skip_bad, progress=decoding
+    )
     verdicts = None
     if detector is None:
         probabilities, _ = predict(model, data, range(len(data)), progress=predicting)

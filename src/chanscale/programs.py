@@ -29,32 +29,25 @@ PLAIN = re.compile(r"(weight|tensor)_\d+")
 
 
 class Program(nn.Module):
-    """An exported classifier: (N, C, H, W) pixels in [0, 1], of the size that it was exported for, to logits.
+    """An exported classifier: (N, *shape) pixels in [0, 1], of the shape that it was exported for, to logits.
 
     Made for colour, it takes grey images too, and replicates them.
     """
 
     def __init__(
-        self,
-        graph: nn.Module,
-        classes: tuple[str, ...],
-        *,
-        channels: int,
-        image_size: int,
-        multilabel: bool = False,
+        self, graph: nn.Module, classes: tuple[str, ...], *, shape: tuple[int, ...], multilabel: bool = False
     ) -> None:
         super().__init__()
         self.graph, self.classes, self.multilabel = graph, classes, multilabel
-        self.channels, self.image_size = channels, image_size
+        self.shape = shape
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits in fp32. Raises ModelError for images of another shape."""
-        if images.dim() == 4 and images.shape[1] == 1 < self.channels:
-            images = images.expand(-1, self.channels, -1, -1).contiguous()
-        wanted = (self.channels, self.image_size, self.image_size)
-        if images.dim() != 4 or len(images) == 0 or tuple(images.shape[1:]) != wanted:
+        if images.dim() > 1 and images.shape[1] == 1 < self.shape[0]:
+            images = images.expand(-1, self.shape[0], *images.shape[2:]).contiguous()
+        if len(images) == 0 or tuple(images.shape[1:]) != self.shape:
             raise ModelError(
-                f"this program takes images (N, {', '.join(map(str, wanted))}). Got {tuple(images.shape)}"
+                f"this program takes images (N, {', '.join(map(str, self.shape))}). Got {tuple(images.shape)}"
             )
         return cast(Tensor, self.graph(images))
 
@@ -67,7 +60,7 @@ class Program(nn.Module):
 
 @torch.no_grad()
 def save_program(model: nn.Module, shape: tuple[int, ...], path: Path) -> str:
-    """Export `model` for any number of images of `shape` (C, H, W), write it whole or not at all; return its SHA-256.
+    """Export `model` for any number of images of `shape` (C, *), write it whole or not at all; return its SHA-256.
 
     Raises ModelError when the network cannot be exported.
     """
@@ -79,9 +72,9 @@ def save_program(model: nn.Module, shape: tuple[int, ...], path: Path) -> str:
 
 @torch.no_grad()
 def trace_program(model: nn.Module, shape: tuple[int, ...], dynamic: Mapping[int, Any]) -> ExportedProgram:
-    """Return `model` in eval as a program for images of `shape` (C, H, W), and of others where it is `dynamic`.
+    """Return `model` in eval as a program for images of `shape` (C, *), and of others where it is `dynamic`.
 
-    `dynamic`: torch.export.Dim by axis of (N, C, H, W). Raises ModelError when the network cannot be exported.
+    `dynamic`: torch.export.Dim by axis of (N, C, *). Raises ModelError when the network cannot be exported.
     """
     with quiet():
         plain = copy.deepcopy(model).cpu().eval()
@@ -116,8 +109,7 @@ def load_program(
     classes: tuple[str, ...],
     *,
     digest: str | None,
-    channels: int,
-    image_size: int,
+    shape: tuple[int, ...],
     multilabel: bool = False,
 ) -> Program:
     """Return the program in a file, in eval, if its SHA-256 is `digest`. Nothing of it is unpickled but tensors.
@@ -137,8 +129,7 @@ def load_program(
             graph = torch.export.load(io.BytesIO(content)).module()
     except Exception as error:  # a damaged archive makes torch raise whatever it comes to first
         raise ArtifactError(f"{path} is no program ({one_line(error)[:150]}); {advice}") from error
-    program = Program(graph, classes, channels=channels, image_size=image_size, multilabel=multilabel)
-    return program.train(False)
+    return Program(graph, classes, shape=shape, multilabel=multilabel).train(False)
 
 
 def _require_plain(content: bytes) -> None:

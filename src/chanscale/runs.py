@@ -134,9 +134,8 @@ class RunFolder:
         return info
 
     def _export(self, model: Classifier, info: ModelInfo) -> ModelInfo:
-        shape = (info.channels, info.image_size, info.image_size)
         try:
-            digest = save_program(model, shape, self.partial / PROGRAM)
+            digest = save_program(model, info.shape, self.partial / PROGRAM)
         except ModelError as error:
             _log.warning("%s; the run can be loaded with the original network alone", error)
             return replace(info, rebuilt_by="network")

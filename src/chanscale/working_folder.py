@@ -61,10 +61,13 @@ def read_plan(path: Path, *, wanted: str) -> dict[str, Any]:
 
 
 def require_same_plan(
-    out: Path, noted: Mapping[str, Any], wanted: Mapping[str, Any], *, idle: Set[str]
+    out: Path, noted: Mapping[str, Any], wanted: Mapping[str, Any], *, idle: Set[str], own: str = "folds"
 ) -> None:
-    """Raise ConfigError unless `out` was begun with the options, folds and images that are wanted, `idle` aside."""
-    begun, asked = (facts["config"] | {"folds": facts["folds"]} for facts in (noted, wanted))
+    """Raise ConfigError unless `out` was begun with the options and images that are wanted, `idle` aside.
+
+    `own`: the fact that such a plan has besides those of a fit.
+    """
+    begun, asked = (facts["config"] | {own: facts[own]} for facts in (noted, wanted))
     require_same_options(out, begun, asked, idle=idle)
     if noted["images"] != wanted["images"]:
         raise ConfigError(f"{out} was begun with other images; use the same, or another --out")

@@ -117,7 +117,9 @@ def test_folder_errors_say_what_to_do(tmp_path: Path) -> None:
     assert "finds no patient" in message(tmp_path, group_pattern="(x?)")
     assert "not a regular expression" in message(tmp_path, group_pattern="(")
     (tmp_path / "c").mkdir()
-    assert "no image (.dcm, .dicom, .ima, .jpeg, .jpg, .png, .tif, .tiff) in 'c'" in message(tmp_path)
+    assert "no image (.dcm, .dicom, .ima, .jpeg, .jpg, .nii, .nii.gz, .png, .tif, .tiff) in 'c'" in message(
+        tmp_path
+    )
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

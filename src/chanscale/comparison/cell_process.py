@@ -6,18 +6,19 @@ import sys
 from pathlib import Path
 from threading import Thread
 
-from chanscale.comparison.cells import CellSpec, run_cell, write_cell
+from chanscale.comparison.cells import CellSpec
+from chanscale.comparison.processes import Spec
 from chanscale.errors import ChanscaleError, one_line
 
 
-def main() -> None:
-    """Run the cell and write its file; exit with the error in one line where it is one of ours."""
+def main(kind: type[Spec] = CellSpec) -> None:
+    """Run the cell, or what else the spec is of, and write its file; exit with an error of ours in one line."""
     # Ctrl-C goes to every process of the terminal; the one that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spec = CellSpec.from_json(sys.stdin.buffer.readline())
+    spec = kind.from_json(sys.stdin.buffer.readline())
     Thread(target=_end_with_parent, daemon=True).start()
     try:
-        write_cell(Path(sys.argv[1]), run_cell(spec))
+        spec.write(Path(sys.argv[1]), spec.run())
     except (ChanscaleError, OSError) as error:
         sys.exit(f"{one_line(error)}")
 

@@ -94,6 +94,14 @@ class CellSpec:
         facts["younger"] = frozenset(facts["younger"])
         return cls(**(facts | {"config": FitConfig.build(facts["config"])}))
 
+    def run(self) -> Result:
+        """Return what came of the cell. Raises ChanscaleError."""
+        return run_cell(self)
+
+    def write(self, folder: Path, result: Result) -> Path:
+        """Write the file of the cell into `folder`, whole or not at all, and return its path."""
+        return write_cell(folder, result)
+
     def _facts(self) -> dict[str, Any]:
         own = {
             "cell": asdict(self.cell),
@@ -124,9 +132,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     if digest_images(images) != spec.images:
         raise DataError(f"the images of {spec.data} have changed since the grid was begun; use another --out")
     learning, test = learning_and_test(images, split_spec(images, spec))
-    # What these say has been done, or is not to be: class order, patients, and a test side.
-    unread: dict[str, Any] = {"calibrate": False, "sensitivity": None, "coverage": None}
-    config = spec.config.already_opened().model_copy(update=unread | {"test": 0.0})
+    config = configure_learning(spec.config)
     began = perf_counter()
     train = _train_ours if is_ours(spec.cell.method) else _train_baseline
     trained = train(spec, learning, config, watcher)
@@ -141,6 +147,13 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
         "seconds": seconds, **trained.machine,
     }  # fmt: skip
+
+
+def configure_learning(config: FitConfig) -> FitConfig:
+    """Return the options for images that stand on their sides, none of them test, and probabilities that none reads."""
+    # What these say has been done, or is not to be: class order, patients, and a test side.
+    unread: dict[str, Any] = {"calibrate": False, "sensitivity": None, "coverage": None}
+    return config.already_opened().model_copy(update=unread | {"test": 0.0})
 
 
 def split_spec(images: ImageSet, spec: CellSpec) -> Splits:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from chanscale import __version__
-from chanscale.comparison.cells import CellSpec, Result, run_cell, write_cell
+from chanscale.comparison.processes import Spec
 from chanscale.errors import ChanscaleError, ConfigError, one_line
 from chanscale.files import exists
 
@@ -49,7 +49,7 @@ class RayCells:
         self._running: set[Any] = set()
         self._lock, self._stopped = Lock(), False
 
-    def run(self, spec: CellSpec) -> str | None:
+    def run(self, spec: Spec) -> str | None:
         """Run one cell to its end; return None, or the words of what went wrong."""
         import ray
         from ray.exceptions import RayError
@@ -57,10 +57,10 @@ class RayCells:
         with self._lock:
             if self._stopped:
                 return "stopped"
-            task = self._task.remote(spec.to_json(), self._cpus, self._gpus)
+            task = self._task.remote(type(spec), spec.to_json(), self._cpus, self._gpus)
             self._running.add(task)
         try:
-            result: Result | str = ray.get(task)
+            result: dict[str, Any] | str = ray.get(task)
         except RayError as error:
             return _describe_loss(error)
         finally:
@@ -70,7 +70,7 @@ class RayCells:
             return result
         if result["digest"] != spec.digest:
             return f"its node has another version of chanscale; install {__version__} there"
-        write_cell(self.folder, result)
+        spec.write(self.folder, result)
         return None
 
     def stop(self) -> None:
@@ -83,16 +83,16 @@ class RayCells:
                 ray.cancel(task, force=True)
 
 
-def run_on_node(spec_json: str, cpus: int, gpus: int) -> Result | str:
+def run_on_node(kind: type[Spec], spec_json: str, cpus: int, gpus: int) -> dict[str, Any] | str:
     """Run one cell, in the process that Ray started for it; return its result, or the words of what went wrong."""
-    spec = CellSpec.from_json(spec_json)
+    spec = kind.from_json(spec_json)
     if not exists(spec.data):
         return f"{spec.data} does not exist on the node {platform.node()}; put the images there, at the same path"
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what Ray did not set aside is for others
     torch.set_num_threads(cpus)
     try:
-        return run_cell(spec)
+        return spec.run()
     except (ChanscaleError, OSError) as error:
         return one_line(error)
     except Exception:

@@ -12,6 +12,7 @@ from chanscale.data.splits import (
     suggest_group_pattern,
     write_splits,
 )
+from chanscale.data.volumes import VolumeSpace, read_volume
 
 __all__ = [
     "Batch",
@@ -21,12 +22,14 @@ __all__ = [
     "ImageSet",
     "Splits",
     "Strength",
+    "VolumeSpace",
     "augment",
     "decode_images",
     "open_images",
     "read_image",
     "read_splits",
     "read_training_names",
+    "read_volume",
     "split_images",
     "suggest_group_pattern",
     "write_splits",

@@ -12,9 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from chanscale.data.dicom import DICOM_SUFFIXES, Frame, is_dicom, read_dicom, read_header
+from chanscale.data.volumes import VOLUME_SUFFIXES, is_volume
 from chanscale.errors import UnreadableImageError, one_line
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"}) | DICOM_SUFFIXES
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"}) | DICOM_SUFFIXES | VOLUME_SUFFIXES
 FULL_RANGE = 65535
 
 Pixels = NDArray[np.uint16]
@@ -69,6 +70,8 @@ def count_channels(source: Source) -> int:
     if isinstance(source, np.ndarray):
         return 3 if source.ndim == 3 and source.shape[-1] == 3 else 1
     path = source.path if isinstance(source, Frame) else Path(source)
+    if is_volume(path):
+        return 1
     if header := read_header(path):
         return header.channels
     try:
@@ -84,6 +87,8 @@ def count_channels(source: Source) -> int:
 
 def _decode(source: Path | str | Frame) -> NDArray[np.generic]:
     path, number = (source.path, source.number) if isinstance(source, Frame) else (Path(source), 1)
+    if is_volume(path):
+        raise UnreadableImageError(f"{_WANTED}, got a volume. Read it with a network for volumes.")
     data = path.read_bytes()
     if not data:
         raise UnreadableImageError(f"{_WANTED}, got an empty file of 0 bytes. Get it again, or remove it.")

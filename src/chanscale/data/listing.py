@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from chanscale.data.dicom import DICOM_SUFFIXES, is_listed
 from chanscale.data.images import IMAGE_SUFFIXES
+from chanscale.data.volumes import is_volume
 from chanscale.errors import DataError
 from chanscale.files import exists
 
@@ -42,7 +43,7 @@ def list_folders(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES or is_listed(path)
+    return path.suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES or is_volume(path) or is_listed(path)
 
 
 def _refuse_lost(paths: Iterable[Path]) -> None:

@@ -17,7 +17,8 @@ from chanscale.data.dicom import Frame
 from chanscale.data.images import FULL_RANGE, Pixels, Source, count_channels, read_image
 from chanscale.data.memory import free_memory
 from chanscale.data.sources import ImageRecord, ImageSet
-from chanscale.errors import ConfigError, UnreadableImageError
+from chanscale.data.volumes import VolumeSpace, read_volume, require_extra
+from chanscale.errors import ConfigError, DataError, UnreadableImageError, clip
 
 Progress = Callable[[int, int], None]
 Indices = Sequence[int] | NDArray[np.integer]
@@ -28,7 +29,7 @@ _R = TypeVar("_R")
 
 
 class Batch(NamedTuple):
-    """Images (N, C, S, S) in [0, 1], class indices (N,), and indices into the image set (N,)."""
+    """Images (N, C, S, S) or (N, C, S, S, S) in [0, 1], class indices (N,), and indices into the image set (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -39,16 +40,23 @@ class DecodedImages(Dataset[tuple[Tensor, int, int]]):
     """The images of a set as float32 in [0, 1], all of one size and one number of channels.
 
     `images` is the set without those that were skipped; indices count in it. `channels` is 3 if any image is
-    RGB (grey ones are then repeated), else 1. `cached` says whether pixels are kept; if not, each access
-    decodes, and may raise UnreadableImageError.
+    RGB (grey ones are then repeated), else 1. `space`: how volumes are read; None for pictures. `cached` says whether
+    pixels are kept; if not, each access decodes, and may raise UnreadableImageError.
     """
 
     def __init__(
-        self, images: ImageSet, *, image_size: int, channels: int, cache: Pixels | None = None
+        self,
+        images: ImageSet,
+        *,
+        image_size: int,
+        channels: int,
+        cache: Pixels | None = None,
+        space: VolumeSpace | None = None,
     ) -> None:
         self.images = images
         self.image_size = image_size
         self.channels = channels
+        self.space = space
         self._cache = cache
         self._labels = torch.from_numpy(images.labels)
 
@@ -65,7 +73,7 @@ class DecodedImages(Dataset[tuple[Tensor, int, int]]):
         return images[0], int(labels[0]), index
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Return images (N, C, S, S) in [0, 1] and class indices (N,)."""
+        """Return images (N, C, S, S), or volumes (N, C, S, S, S), in [0, 1], and class indices (N,)."""
         rows = np.asarray(indices, dtype=np.intp)
         pixels = np.stack([self._decode(i) for i in rows]) if self._cache is None else self._cache[rows]
         # Divided, not multiplied by the inverse: so that an 8-bit v is exactly v / 255.
@@ -74,7 +82,9 @@ class DecodedImages(Dataset[tuple[Tensor, int, int]]):
         ]
 
     def _decode(self, index: int) -> Pixels:
-        return _read(self.images.records[index], self.image_size, self.channels)
+        return _read(
+            self.images.records[index], shape_of(self.channels, self.image_size, self.space), self.space
+        )
 
 
 class BatchLoader:
@@ -131,6 +141,7 @@ def decode_images(
     images: ImageSet,
     *,
     image_size: int,
+    space: VolumeSpace | None = None,
     workers: int = 2,
     cache_bytes: int | None = None,
     skip_bad: bool = False,
@@ -138,21 +149,45 @@ def decode_images(
 ) -> DecodedImages:
     """Decode all images to squares of `image_size` pixels in `workers` threads, and keep them if they fit.
 
+    Volumes are decoded to cubes, as `space` says; without it, they are refused, and with it, pictures (DataError).
     `cache_bytes` is the memory for decoded pixels; by default a quarter of what is free. An unreadable image
     raises UnreadableImageError; with `skip_bad` it is left out instead, and named in `images.skipped` of what
     is returned. Images that do not fit are decoded when asked for; then they are read here only if `skip_bad`
     needs it.
     """
+    _require_kind(images, space)
     records = images.records
     with closing(_map_ahead(count_channels, map(source_of, records), workers=workers)) as counts:
-        shape = (len(records), max(counts), image_size, image_size)
+        shape = (len(records), *shape_of(max(counts), image_size, space))
     fits = math.prod(shape) * np.dtype(np.uint16).itemsize <= _find_cache_bytes(cache_bytes)
     cache = np.empty(shape, dtype=np.uint16) if fits else None
     if fits or skip_bad:
-        bad = _decode_all(records, shape, cache, workers=workers, skip_bad=skip_bad, progress=progress)
+        bad = _decode_all(
+            records, shape[1:], cache, space=space, workers=workers, skip_bad=skip_bad, progress=progress
+        )
         images = images.without([records[index].name for index in bad]) if bad else images
         cache = None if cache is None else _drop_rows(cache, bad)
-    return DecodedImages(images, image_size=image_size, channels=shape[1], cache=cache)
+    return DecodedImages(images, image_size=image_size, channels=shape[1], cache=cache, space=space)
+
+
+def shape_of(channels: int, image_size: int, space: VolumeSpace | None) -> tuple[int, ...]:
+    """Return the shape of one image, (C, S, S), or of one volume, (C, S, S, S)."""
+    return (channels, *[image_size] * (2 if space is None else 3))
+
+
+def _require_kind(images: ImageSet, space: VolumeSpace | None) -> None:
+    """Raise DataError for volumes where pictures are wanted, or the other way round; ConfigError without MONAI."""
+    if images.dimensions == 3 and space is None:
+        raise DataError(
+            f"{clip(images.records[0].name)} is a volume, and this takes pictures; volumes need a network for volumes, "
+            "and go with fit, evaluate, predict, report and export"
+        )
+    if images.dimensions == 2 and space is not None:
+        raise DataError(
+            f"{clip(images.records[0].name)} is a picture, and the model takes volumes; give it .nii or .nii.gz files"
+        )
+    if space is not None:
+        require_extra()
 
 
 def _find_cache_bytes(wanted: int | None) -> int:
@@ -161,9 +196,10 @@ def _find_cache_bytes(wanted: int | None) -> int:
 
 def _decode_all(
     records: Sequence[ImageRecord],
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     cache: Pixels | None,
     *,
+    space: VolumeSpace | None,
     workers: int,
     skip_bad: bool,
     progress: Progress | None,
@@ -172,7 +208,7 @@ def _decode_all(
 
     def decode(index: int) -> UnreadableImageError | None:
         try:
-            pixels = _read(records[index], shape[2], shape[1])
+            pixels = _read(records[index], shape, space)
         except UnreadableImageError as error:
             return error
         if cache is not None:
@@ -202,9 +238,13 @@ def source_of(record: ImageRecord) -> Source:
     return record.path or record.name
 
 
-def _read(record: ImageRecord, image_size: int, channels: int) -> Pixels:
-    pixels = read_image(source_of(record), size=image_size, name=str(record.path or record.name))
-    return np.broadcast_to(pixels, (channels, image_size, image_size))
+def _read(record: ImageRecord, shape: tuple[int, ...], space: VolumeSpace | None) -> Pixels:
+    name = str(record.path or record.name)
+    if space is None or record.path is None:
+        pixels = read_image(source_of(record), size=shape[-1], name=name)
+    else:
+        pixels = read_volume(record.path, size=shape[-1], space=space, name=name)
+    return np.broadcast_to(pixels, shape)
 
 
 def _drop_rows(cache: Pixels, bad: list[int]) -> Pixels:

@@ -18,6 +18,7 @@ from chanscale.data.dicom import name_file, name_frame, read_header
 from chanscale.data.dicom_patients import load_key, rename_patient
 from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.readers import Row, Side, read_rows
+from chanscale.data.volumes import is_volume
 from chanscale.errors import DataError, clip
 from chanscale.files import is_file
 from chanscale.wording import printable
@@ -43,6 +44,11 @@ class ImageRecord:
     frame: int | None = None
     renamed: bool = False
     labels: tuple[int, ...] = ()
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the image has three dimensions, by the name of its file."""
+        return self.path is not None and is_volume(self.path)
 
     @property
     def has_patient(self) -> bool:
@@ -91,6 +97,17 @@ class ImageSet:
     def stratum_names(self) -> tuple[str, ...]:
         """The kinds of images that a split is to balance: each class, and the absence of each of several labels."""
         return self.classes + tuple(f"without {name}" for name in self.classes if self.is_multilabel)
+
+    @property
+    def dimensions(self) -> int:
+        """2 for pictures, 3 for volumes. Raises DataError where both are there: a network takes one kind."""
+        volumes = [record for record in self.records if record.is_volume]
+        if 0 < len(volumes) < len(self.records):
+            raise DataError(
+                f"{self.source} holds {len(volumes)} volumes, such as {clip(volumes[0].name)}, and "
+                f"{len(self.records) - len(volumes)} pictures; a network takes one kind. Put them apart."
+            )
+        return 3 if volumes else 2
 
     @property
     def counts(self) -> dict[str, int]:

@@ -108,6 +108,7 @@ def write_stability(runs: Sequence[str | Path], stability: Stability) -> None:
 
 def _load(file: Path) -> tuple[Classifier, ModelInfo]:
     model, info = load_model(file)
+    info.require_pictures("stability")
     if not isinstance(model, Classifier):
         raise ConfigError(f"{file.parent} holds a network of your own as a program, which hides its channels")
     return model, info

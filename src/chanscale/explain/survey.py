@@ -68,6 +68,7 @@ def survey_images(
     DataError, ModelError.
     """
     model, info = load_model(run)
+    info.require_pictures("explain")
     if isinstance(model, Program) and (needs_maps or data is not None):
         raise ConfigError(
             f"{run} holds a network of your own as a program, which hides its last map; "

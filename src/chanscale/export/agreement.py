@@ -27,7 +27,10 @@ class Agreement:
 
 
 def compare(run: Run, model: Classifier | Program, info: ModelInfo, images: Iterable[Pixels]) -> Agreement:
-    """Return how far `run` is from what `chanscale predict` says of `images`: (C, H, W), 16 bits, of any size."""
+    """Return how far `run` is from what `chanscale predict` says of `images`.
+
+    They are (C, H, W), 16 bits, of any size, or volumes (1, S, S, S) as they were read.
+    """
     differences = [
         np.abs(run(raw_pixels(image)) - predict_image(model, info, image)).max() for image in images
     ]
@@ -45,14 +48,15 @@ def require_agreement(agreement: Agreement, where: str) -> None:
 
 @torch.no_grad()
 def predict_image(model: Classifier | Program, info: ModelInfo, image: Pixels) -> Floats:
-    """Return the probabilities (1, K) of an image (C, H, W), 16 bits, the way `chanscale predict` finds them."""
-    resized = read_image(np.moveaxis(image, 0, -1), size=info.image_size)
+    """Return the probabilities (1, K) of an image (C, *), 16 bits, the way `chanscale predict` finds them."""
+    whole = info.space is not None  # a volume has its size since it was read
+    resized = image if whole else read_image(np.moveaxis(image, 0, -1), size=info.image_size)
     images = torch.from_numpy(resized.astype(np.float32)).div_(FULL_RANGE)[None]
     found: Floats = probabilities(model(images), multilabel=model.multilabel).numpy()
     return found
 
 
 def raw_pixels(image: Pixels) -> Floats:
-    """Return (1, C, H, W), 0 to 255, of an image (C, H, W), 16 bits: what a deployed model takes."""
+    """Return (1, C, *), 0 to 255, of an image (C, *), 16 bits: what a deployed model takes."""
     pixels: Floats = image[None].astype(np.float32) / np.float32(FULL_RANGE / WHITE)
     return pixels

@@ -27,13 +27,19 @@ class DeployedClassifier(nn.Module):
     `grey_only` takes (N, 1, H, W). Two channels are no image, which a graph cannot say. Output: probabilities (N, K),
     and, where the trunk ends in maps, the class map (N, M, h, w), whose mean over h and w is the logit: M = 1 for two
     classes (for the second of them) of which an image has one, else K.
+
+    A network for `volumes` takes (N, 1, S, S, S), values 0 to 255, of cubes that `read_volume` made: how a file is
+    turned and resampled stands in its header, which is no part of a graph.
     """
 
-    def __init__(self, network: Classifier | Program, *, image_size: int, grey_only: bool) -> None:
+    def __init__(
+        self, network: Classifier | Program, *, image_size: int, grey_only: bool, volumes: bool = False
+    ) -> None:
         super().__init__()
-        self.resize = LanczosResize(image_size)
+        self.resize = nn.Identity() if volumes else LanczosResize(image_size)
         self.network = network
-        self.grey_only = grey_only
+        self.grey_only = grey_only or volumes
+        self.cube = (1, image_size, image_size, image_size) if volumes else None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return probabilities, and the class map if there is one."""
@@ -61,26 +67,30 @@ def deploy(
         network = merge_scales(model) if scaled and isinstance(model, Classifier) else copy.deepcopy(model)
     flush_denormals(network)
     size = image_size or info.image_size
-    return DeployedClassifier(network, image_size=size, grey_only=takes_grey_alone(model, info)).eval()
+    return DeployedClassifier(
+        network, image_size=size, grey_only=takes_grey_alone(model, info), volumes=info.space is not None
+    ).eval()
 
 
 def takes_grey_alone(model: Classifier | Program, info: ModelInfo) -> bool:
     """Whether `model` takes images of one channel only."""
     if isinstance(model, Program):
         return info.channels == 1
-    return isinstance(model.preprocessing, Preprocessing) and model.preprocessing.folded
+    return isinstance(model.preprocessing, Preprocessing) and model.preprocessing.takes_grey_alone
 
 
 def dynamic_axes(deployed: DeployedClassifier) -> dict[int, Any]:
     """Return which axes of the input of `deployed` may have any size, as torch.export takes them."""
     dim = torch.export.Dim
+    if deployed.cube is not None:
+        return {0: dim("batch", min=1)}
     axes = {0: dim("batch", min=1), 2: dim("height", min=1), 3: dim("width", min=1)}
     return axes if deployed.grey_only else axes | {1: dim("channels", min=1, max=3)}
 
 
-def example_shape(deployed: DeployedClassifier) -> tuple[int, int, int]:
-    """Return (C, H, W) of an image to trace `deployed` with: of no size that its shapes could be mistaken for."""
-    return 1 if deployed.grey_only else 3, 90, 70
+def example_shape(deployed: DeployedClassifier) -> tuple[int, ...]:
+    """Return (C, *) of an image to trace `deployed` with: of no size that its shapes could be mistaken for."""
+    return deployed.cube or (1 if deployed.grey_only else 3, 90, 70)
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from chanscale.data.images import Pixels, read_image
+from chanscale.data.images import FULL_RANGE, Pixels, read_image
 from chanscale.data.loading import source_of
 from chanscale.data.phantoms import draw_phantom
 from chanscale.data.sources import ImageSet
+from chanscale.data.volumes import VolumeSpace, read_volume
+from chanscale.errors import DataError
 
 PHANTOM_SIZE = 160
 
@@ -17,6 +19,24 @@ def read_whole(images: ImageSet, indices: Sequence[int]) -> Iterator[Pixels]:
     for index in indices:
         record = images.records[index]
         yield read_image(source_of(record), size=None, name=str(record.path or record.name))
+
+
+def read_cubes(
+    images: ImageSet, indices: Sequence[int], *, size: int, space: VolumeSpace
+) -> Iterator[Pixels]:
+    """Yield volumes of a set as a model takes them: (1, size, size, size), 16 bits. Raises DataError."""
+    for index in indices:
+        record = images.records[index]
+        if record.path is None or not record.is_volume:
+            raise DataError(f"{record.name} is a picture, and the model takes volumes; give those of the run")
+        yield read_volume(record.path, size=size, space=space)
+
+
+def draw_cubes(count: int = 8, *, size: int) -> Iterator[Pixels]:
+    """Yield volumes of random grey levels, (1, size, size, size), 16 bits."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield rng.integers(0, FULL_RANGE, (1, size, size, size), dtype=np.uint16, endpoint=True)
 
 
 def spread(indices: Sequence[int], count: int) -> list[int]:

@@ -13,7 +13,7 @@ from chanscale.delta import save_delta
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.export.agreement import Agreement
 from chanscale.export.deployed import takes_grey_alone
-from chanscale.export.examples import draw_examples, read_whole, spread
+from chanscale.export.examples import draw_cubes, draw_examples, read_cubes, read_whole, spread
 from chanscale.export.int8_trial import Int8Trial, try_int8
 from chanscale.export.onnx_file import export_onnx
 from chanscale.export.program_file import export_program
@@ -58,9 +58,9 @@ def export_run(
     """Write the model of a run folder as `onnx`, a `torch.export` program, a `web` page, or its `delta`.
 
     `out`: where to; default: in the run folder. `images`: the set that the run was made of; the export is compared
-    with the run on its test images, without it on phantoms. `int8`: as ONNX alone; calibrated on the training images
-    of that set, and judged on its test images. Raises ConfigError, ArtifactError, DataError, ModelError, among them
-    InexactExportError when a probability differs by more than 1e-4; nothing is written then.
+    with the run on its test images, without it on phantoms (of volumes, on noise). `int8`: as ONNX alone; calibrated on
+    the training images of that set, and judged on its test images. Raises ConfigError, ArtifactError, DataError,
+    ModelError, among them InexactExportError when a probability differs by more than 1e-4; nothing is written then.
     """
     file = model_path(Path(run))
     target = _find_target(file, form, out, int8=int8)
@@ -69,8 +69,10 @@ def export_run(
     if form == "delta":
         return _describe(save_delta(file, target))
     model, info = load_model(file)
+    if int8 or form == "web":
+        info.require_pictures("int8" if int8 else "web")
     own = open_own_images(Path(images), file, info) if images is not None else None
-    examples = _examples(own, grey_only=takes_grey_alone(model, info), progress=progress)
+    examples = _examples(own, info, grey_only=takes_grey_alone(model, info), progress=progress)
     if form == "torch":
         content, agreement = export_program(model, info, examples)
         return _write(target, content, agreement)
@@ -88,13 +90,16 @@ def export_run(
 
 
 def _examples(
-    own: tuple[ImageSet, Splits] | None, *, grey_only: bool, progress: Progress | None
+    own: tuple[ImageSet, Splits] | None, info: ModelInfo, *, grey_only: bool, progress: Progress | None
 ) -> Iterator[Pixels]:
     """Yield the images to compare an export with the run on."""
+    size, space = info.image_size, info.space
     if own is None:
-        return _counted(draw_examples(PHANTOMS, grey_only=grey_only), "checking images", PHANTOMS, progress)
+        drawn = draw_cubes(PHANTOMS, size=size) if space else draw_examples(PHANTOMS, grey_only=grey_only)
+        return _counted(drawn, "checking images", PHANTOMS, progress)
     chosen = spread(judged_images(own[1]), CHECKED)
-    return _counted(read_whole(own[0], chosen), "checking images", len(chosen), progress)
+    whole = read_cubes(own[0], chosen, size=size, space=space) if space else read_whole(own[0], chosen)
+    return _counted(whole, "checking images", len(chosen), progress)
 
 
 def _find_target(file: Path, form: str, out: str | Path | None, *, int8: bool) -> Path:

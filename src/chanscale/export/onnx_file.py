@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -55,13 +56,17 @@ def to_onnx(deployed: DeployedClassifier, description: Mapping[str, Any]) -> byt
 
 def describe_graph(info: ModelInfo) -> dict[str, Any]:
     """Return what a graph says of itself to whoever runs it."""
+    takes = f"{INPUT}: float32 (batch, channels, height, width), 0 to {WHITE:.0f}; of 16 bits, value / 257"
+    if info.space is not None:
+        takes = f"{INPUT}: float32 (batch, 1, depth, height, width), 0 to {WHITE:.0f}; of read_volume, value / 257"
     return {
         "chanscale": __version__,
         "backbone": info.network,
         "classes": list(info.classes),
         "multilabel": info.multilabel,
         "image_size": info.image_size,
-        "input": f"{INPUT}: float32 (batch, channels, height, width), 0 to {WHITE:.0f}; of 16 bits, value / 257",
+        "input": takes,
+        **({} if info.space is None else {"space": asdict(info.space)}),
         "notice": NOTICE,
     }
 
@@ -73,7 +78,8 @@ def _finish(graph: Any, description: Mapping[str, Any]) -> bytes:
         item.doc_string = ""
         del item.metadata_props[:]
     axes = graph.graph.input[0].type.tensor_type.shape.dim
-    names = {axis.dim_param: name for axis, name in zip(axes, AXES, strict=True) if axis.dim_param}
+    # Not strict: of the five axes of volumes the first alone is free.
+    names = {axis.dim_param: name for axis, name in zip(axes, AXES, strict=False) if axis.dim_param}
     for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param:

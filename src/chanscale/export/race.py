@@ -84,6 +84,7 @@ def measure_latency(
     """
     require_extra()
     model, info = load_model(model_path(Path(run)))
+    info.require_pictures("latency")
     size, threads = image_size or info.image_size, threads or torch.get_num_threads()
     networks = {
         ORIGINAL: deploy_original(info, image_size=size, progress=progress),

@@ -31,8 +31,10 @@ def fit_novelty(
     """Return a detector fitted on the training images, in one pass over these and those of validation.
 
     `rate`: the share of images like them that may be flagged. The test images are not looked at. Raises DataError where
-    there are too few images or patients to keep that rate.
+    there are too few images or patients to keep that rate, and for volumes.
     """
+    if data.space is not None:
+        raise DataError("a novelty detector is for pictures, and these are volumes")
     train, validation = (_thin(side) for side in (splits.train, splits.validation))
     layers = find_layers(model, data.batch([0])[0])
     traits = read_traits(model, layers, data, [*train, *validation], progress=progress)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from chanscale.artifact import ModelInfo
 from chanscale.backbones import BACKBONES
 from chanscale.config import FitConfig
 from chanscale.data.splits import SIDES
@@ -55,12 +56,11 @@ def describe_model(material: Material) -> Rows:
     info, metrics = material.info, material.metrics
     known = BACKBONES.get(info.backbone)
     parameters = metrics["parameters"]
-    colours = "grey" if info.channels == 1 else "colour"
     rows = [
         ("Made from", known.origin if known else info.network),
         ("Licence of its weights", known.licence if known else "not known here: ask where it came from"),
         ("Ends", f"behind {metrics['depth']['layer']}" if metrics["depth"]["layer"] else "where it ended"),
-        ("Takes", f"{colours} images, made {info.image_size} × {info.image_size} pixels"),
+        ("Takes", _describe_input(info)),
         ("Says", f"a probability for each of {len(info.classes)} {'labels' if info.multilabel else 'classes'}"),
         ("Parameters", f"{parameters['kept']:,} of {parameters['trunk']:,}, and {parameters['head']:,} in the head"),
         ("MACs", f"{shorten(metrics['macs']['kept'])} for an image, of {shorten(metrics['macs']['trunk'])}"),
@@ -70,6 +70,15 @@ def describe_model(material: Material) -> Rows:
     if protected := metrics["groups"]["protected"]:
         rows.append(("Left whole", f"{len(protected)} groups of channels, whose removal would not be exact"))
     return rows
+
+
+def _describe_input(info: ModelInfo) -> str:
+    side, space = info.image_size, info.space
+    if space is None:
+        return f"{'grey' if info.channels == 1 else 'colour'} images, made {side} × {side} pixels"
+    apart = "squashed" if space.spacing is None else f"{space.spacing:g} mm apart"
+    values = "{:g} to {:g}".format(*space.window) if space.window else "the 0.5th to 99.5th percentile"
+    return f"volumes, made {side} × {side} × {side} voxels, {apart}, axes to {space.orientation}, values {values}"
 
 
 def describe_training(material: Material) -> Rows:
@@ -112,15 +121,17 @@ def without_folders(config: FitConfig) -> FitConfig:
 def write_command(config: FitConfig, backbone: str) -> str:
     """Return the command line that makes the run again, an option a line."""
     given = {option.name: getattr(config, option.name) for option in list_options(config)}
-    options = [_flag(name, value) for name, value in (given | {"backbone": backbone}).items()]
-    return " \\\n    ".join(["chanscale fit IMAGES --out RUN", *map(shlex.quote, options)])
+    options = [shlex.join(_flag(name, value)) for name, value in (given | {"backbone": backbone}).items()]
+    return " \\\n    ".join(["chanscale fit IMAGES --out RUN", *options])
 
 
-def _flag(name: str, value: Any) -> str:
+def _flag(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option}={value}"
+        return [f"--{option}" if value else f"--no-{option}"]
+    if isinstance(value, tuple):
+        return [f"--{option}", *map(str, value)]
+    return [f"--{option}={value}"]
 
 
 def figure_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ def _find_excerpts(
     model: Classifier, material: Material, channels: list[int], field: ReceptiveField | None
 ) -> Sequence[tuple[Excerpt, ...]]:
     """Return for each channel the parts of training images that excite it most; none where what it sees is unknown."""
-    if field is None or not material.splits.train:
+    if field is None or not material.splits.train or material.images.space is not None:
         return [()] * len(channels)
     chosen = spread(material.splits.train, MOST_IMAGES)
     peaks, places, columns = _find_peaks(model, material, chosen, channels)

@@ -84,7 +84,10 @@ def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:
     model, info = load_model(file)
     images, splits = open_own_images(data, file, info)
     decoded = decode_images(
-        images, image_size=info.image_size, progress=partial(watcher.on_step, "decoding images")
+        images,
+        image_size=info.image_size,
+        space=info.space,
+        progress=partial(watcher.on_step, "decoding images"),
     )
     metrics = read_metrics(file.with_name("metrics.json"))
     judged = _judge(model, decoded, splits, metrics, watcher)

@@ -15,6 +15,7 @@ from chanscale.data.images import read_image
 from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.loading import source_of
 from chanscale.data.sources import describe_label
+from chanscale.data.volumes import middle_slice, read_volume
 from chanscale.errors import UnreadableImageError
 from chanscale.evaluation import Evaluation
 from chanscale.export.examples import spread
@@ -120,10 +121,13 @@ def title_of(judged: Evaluation, place: int, *, names: bool) -> str:
 
 
 def _read(material: Material, index: int) -> Bytes | None:
-    """Return the image as it is, (H, W, 3), its longer side 320 pixels at most."""
-    record = material.images.images.records[index]
+    """Return the image as it is, (H, W, 3), its longer side 320 pixels at most; of a volume, a slice."""
+    record, space = material.images.images.records[index], material.images.space
     try:
-        planes = read_image(source_of(record), size=None)
+        if space is not None and record.path is not None:
+            planes = middle_slice(read_volume(record.path, size=material.images.image_size, space=space))
+        else:
+            planes = read_image(source_of(record), size=None)
     except UnreadableImageError:  # it is gone since it was decoded
         return None
     grey_or_rgb = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)

@@ -61,6 +61,7 @@ def build_report(material: Material, *, names: bool = False) -> str:
         binary=material.is_binary,
         figures=card.figure_rows(material.metrics),
         has_maps=isinstance(material.model, Classifier),
+        volumes=material.info.space is not None,
         quality=_describe_quality(material) if material.judged else None,
         mistakes=find_mistakes(material, names=names),
         layers=map_channels(material.model, material.info, material.widths),

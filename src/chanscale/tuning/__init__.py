@@ -1,0 +1,1 @@
+"""A search over the options of a fit, by validation images alone."""
