@@ -32,7 +32,7 @@ from chanscale.modes import device_of, hooked
 from chanscale.probe import pooled_features, regress
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
-from chanscale.team import Share
+from chanscale.team import Portion
 
 MOST = 20
 """Places that are tried; of more, as many are taken at even distances."""
@@ -235,5 +235,5 @@ def features_behind(
             batch_size=batch_size,
             progress=partial(watcher.on_step, "reading every layer"),
         )
-    share = Share(indices)
+    share = Portion(indices)
     return [*(share.gather(torch.cat(found)).cpu() for found in pooled), last], labels

@@ -15,7 +15,7 @@ from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.errors import DataError
 from chanscale.metrics import Estimate, Metric, estimate, label_metrics, metrics_for
 from chanscale.programs import Program
-from chanscale.team import Share
+from chanscale.team import Portion
 
 if TYPE_CHECKING:
     from chanscale.ensemble import Ensemble
@@ -123,7 +123,7 @@ def predict_logits(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the logits (N, 1 or K), computed in fp32, and the labels (N,) or (N, K) of some images, one at least."""
     model.eval()
-    device, share = next(model.parameters()).device, Share(indices)
+    device, share = next(model.parameters()).device, Portion(indices)
     logits: list[Tensor] = []
     for batch in BatchLoader(data, share.own, batch_size=batch_size).epoch():
         logits.append(model(batch.images.to(device)).float())

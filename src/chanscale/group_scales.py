@@ -10,7 +10,6 @@ from chanscale.errors import ModelError
 from chanscale.heads import PooledHead
 from chanscale.scaling import SCALE, ChannelScale, soft_threshold
 
-
 ROUNDING = 1e-3
 """Gradients so much smaller than those of all scales are rounding."""
 

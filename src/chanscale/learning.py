@@ -18,7 +18,7 @@ from chanscale.errors import TrainingError
 from chanscale.metrics import mean_auc
 from chanscale.probe import set_head_statistics
 from chanscale.progress import Watcher
-from chanscale.team import Share, merge_parts, own_parts, share_gradients, sum_gradients
+from chanscale.team import Portion, merge_parts, own_parts, share_gradients, sum_gradients
 
 FULL_EPOCH = 20
 """Fewer batches than this leave an epoch too short to learn in; images are then taken repeatedly."""
@@ -38,7 +38,7 @@ class Learner:
             data, np.tile(splits.train, repeats), batch_size=config.batch_size, shuffle=True, seed=config.seed,
             workers=config.workers,
         )  # fmt: skip
-        self.judging = Share(splits.validation)
+        self.judging = Portion(splits.validation)
         self.validation = BatchLoader(
             data, self.judging.own, batch_size=config.micro_batch, workers=config.workers
         )

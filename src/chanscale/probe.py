@@ -13,7 +13,7 @@ from chanscale.data.loading import BatchLoader, DecodedImages, Progress
 from chanscale.errors import TrainingError
 from chanscale.heads import standardise
 from chanscale.metrics import Floats, Ints
-from chanscale.team import Share
+from chanscale.team import Portion
 
 STRENGTH = 0.01
 """Inverse L2 strength: with 512 features and some hundred images, weak fits separate everything and learn nothing."""
@@ -81,7 +81,7 @@ def pooled_features(
     """
     model.eval()
     device = model.head.mean.device
-    share = Share(indices)
+    share = Portion(indices)
     features = []
     for done, batch in enumerate(BatchLoader(data, share.own, batch_size=batch_size).epoch()):
         if progress:

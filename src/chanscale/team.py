@@ -66,7 +66,7 @@ def alone() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """The images, of those at `indices`, that this process is to compute; fewer images than processes: all of them."""
 
     indices: Indices
