@@ -15,6 +15,7 @@ from chanscale.display import complain, program
 from chanscale.errors import ChanscaleError
 from chanscale.explain_command import explain
 from chanscale.files import describe_refusal
+from chanscale.followers import is_follower, sign
 from chanscale.leaks_command import leaks
 from chanscale.learning_curve_command import learning_curve
 from chanscale.report_command import report
@@ -65,13 +66,13 @@ def run(arguments: list[str]) -> int:
         return FAILED if isinstance(stop.__cause__, OSError) else INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and not is_follower():
         complain("interrupted; nothing half-written is left")
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: object) -> int:
-    complain(f"error: {message}")
+    complain(f"{sign()}error: {message}")
     return FAILED
 
 

@@ -37,6 +37,7 @@ from chanscale.display import (
     watching,
 )
 from chanscale.errors import ConfigError
+from chanscale.followers import is_follower
 from chanscale.wording import percent, printable, size_on_disk
 
 if TYPE_CHECKING:
@@ -300,6 +301,8 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)
+    if is_follower():  # the first process says what there is to say
+        return scale_and_select(config.backbone, data, config=config, out=out_folder, resume=resume)
     try:
         if config.group_pattern is None:  # else there is nothing to warn of, and no need to list them twice
             warn_about_patients(
@@ -367,7 +370,10 @@ def _draw_phantoms(folder: Path, *, count: int, size: int, seed: int) -> None:
 
 def _show_run(run: "Run", *, as_json: bool) -> None:
     from chanscale.report import describe_run
+    from chanscale.team import is_main
 
+    if not is_main():
+        return
     skipped = run.metrics["images"]["skipped"]
     if skipped:
         complain(f"warning: left out {_count_unreadable(skipped)}; {run.folder}/splits.csv lists the others")

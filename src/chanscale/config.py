@@ -208,6 +208,17 @@ class FitConfig(BaseModel):
     )
     precision: Precision = Field("auto", description="bf16-mixed where the processor has it, else fp32.")
     device: str = Field("auto", description="auto, cpu, cuda or mps.")
+    devices: int = Field(
+        1,
+        ge=1,
+        description="Processes on this machine that share the work of each batch: one a GPU, or several on a CPU.",
+    )
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="Machines that share the work: start the same command on each, with MASTER_ADDR, MASTER_PORT and "
+        "NODE_RANK set, or by torchrun. Images and run folder have one path on all.",
+    )
 
     @property
     def cut(self) -> float:

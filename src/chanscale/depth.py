@@ -32,6 +32,7 @@ from chanscale.modes import device_of, hooked
 from chanscale.probe import pooled_features, regress
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
+from chanscale.team import Portion
 
 MOST = 20
 """Places that are tried; of more, as many are taken at even distances."""
@@ -223,7 +224,7 @@ def features_behind(
 
     def note(place: int) -> Callable[..., None]:
         # At once: what follows may write into the map.
-        return lambda *call: pooled[place].append(model.head.pool(call[-1]).cpu())
+        return lambda *call: pooled[place].append(model.head.pool(call[-1]))
 
     layers = [model.trunk.get_submodule(cut.layer) for cut in cuts]
     with hooked(layer.register_forward_hook(note(place)) for place, layer in enumerate(layers)):
@@ -234,4 +235,5 @@ def features_behind(
             batch_size=batch_size,
             progress=partial(watcher.on_step, "reading every layer"),
         )
-    return [*map(torch.cat, pooled), last], labels
+    share = Portion(indices)
+    return [*(share.gather(torch.cat(found)).cpu() for found in pooled), last], labels

@@ -1,27 +1,81 @@
 """Device and precision, through Lightning Fabric."""
 
 import copy
+import logging
+import os
+import sys
 from functools import cache
 from time import perf_counter
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.launchers import subprocess_script as launchers
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from chanscale.channels import Model
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.errors import ConfigError, one_line
 from chanscale.modes import device_of
+from chanscale.team import team_size
+
+
+def _own_device(config: FitConfig) -> int | list[int]:
+    """Return the device of this process: of several GPUs that with its number."""
+    cuda = config.device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    return [int(os.environ.get("LOCAL_RANK", 0))] if cuda and team_size() > 1 else 1
 
 
 def make_fabric(config: FitConfig) -> Fabric:
     """Return the Fabric that moves, casts and backpropagates for a run. Raises ConfigError."""
     precision = find_precision(config)
     try:
-        return Fabric(accelerator=config.device, devices=1, precision=precision)
+        return Fabric(accelerator=config.device, devices=_own_device(config), precision=precision)
     except Exception as error:  # Fabric raises whatever its plugin for the device raises
         reason = one_line(error)
         raise ConfigError(f"device={config.device!r} cannot be used ({reason}); use --device cpu") from error
+
+
+def join_team(config: FitConfig) -> None:
+    """Start the other processes of the job, or join those that are there, where `config` or torchrun has several.
+
+    Returns when all are there. A process that ends before its time ends the others. Raises ConfigError.
+    """
+    devices, nodes = _count_processes(config)
+    if devices * nodes == 1 or dist.is_initialized():
+        return
+    launcher = logging.getLogger(launchers.__name__)
+    launcher.setLevel(logging.INFO)
+    launcher.handlers, launcher.propagate = [_ToStandardError()], False
+    try:
+        fabric = Fabric(accelerator=config.device, devices=devices, num_nodes=nodes, strategy="ddp")
+        fabric.launch()
+    except Exception as error:  # Fabric raises whatever its launcher, and torch.distributed, raise
+        raise ConfigError(
+            f"devices={devices} and nodes={nodes} cannot be had ({one_line(error)[:200]}); use one, or set "
+            "MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        ) from error
+
+
+def _count_processes(config: FitConfig) -> tuple[int, int]:
+    """Return how many processes a machine has, and how many machines there are: torchrun knows, else `config` says."""
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    return config.devices, config.nodes
+
+
+class _ToStandardError(logging.Handler):
+    """Says why the job ends: Fabric logs it where nobody hears, and kills the process that it tells it to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line, whatever the level."""
+        del record
+        sys.stderr.write(
+            "error: a process of the job ended before the others; see what it said, and go on with --resume\n"
+        )
+        sys.stderr.flush()
 
 
 def on_device(model: Model, config: FitConfig) -> Model:

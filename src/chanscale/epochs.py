@@ -7,7 +7,7 @@ from typing import Any
 from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
-from chanscale.group_scales import GroupScales
+from chanscale.group_scales import GroupScales, scale_parameters
 from chanscale.learning import Learner, cosine, merit
 from chanscale.progress import Watcher
 from chanscale.pruning import ROUNDING
@@ -16,6 +16,7 @@ from chanscale.schedule import Moment
 from chanscale.selection import ChannelSelection
 from chanscale.shrinking import BudgetPenalty, Pace
 from chanscale.state import Best, TrainingState, make_optimizer
+from chanscale.team import require_same
 
 
 class EpochRunner(Learner):
@@ -84,6 +85,7 @@ class EpochRunner(Learner):
             weight.grad += 2 * self.config.head_decay * weight.detach()
         kind = self.config.penalty if moment.phase == "scale" else None
         step = 0.0
+        scales.drop_rounding()
         if kind == "gradient":
             step = self.penalty.add_gradient(scales, self._pace(moment, done), lr=state.scale_lr)
         optimizer.step()
@@ -119,6 +121,7 @@ class EpochRunner(Learner):
         example = self.fabric.to_device(self.example)
         removal = remove_channels(state.model, state.optimizer, state.kept, selection, example=example)
         state.model, state.kept = removal.model, removal.kept
+        require_same([*state.kept.values(), *scale_parameters(state.model).values()], "channels and scales")
         state.optimizer = make_optimizer(state.model, self.config)
         removal.restore(state.optimizer)
         self.penalty.follow(state.kept)

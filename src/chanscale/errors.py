@@ -14,6 +14,7 @@ ChanscaleError
 │   └── InexactExportError      what was exported computes something else
 ├── BudgetError                 the budget cannot be met on this network
 ├── TrainingError               training broke down (a loss that is not finite)
+│   └── LostProcessError        another process of the job is gone; what was reached is kept
 └── ArtifactError               a run folder or a model file is missing, foreign or damaged
 
 The command line catches ChanscaleError once, prints its one line and exits with 2.
@@ -81,6 +82,10 @@ class BudgetError(ChanscaleError):
 
 class TrainingError(ChanscaleError):
     """Training broke down."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the same job is gone; the run can be resumed."""
 
 
 class ArtifactError(ChanscaleError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from chanscale.classifier import Classifier, probabilities
 from chanscale.data.label_columns import UNKNOWN
@@ -14,6 +15,7 @@ from chanscale.data.loading import BatchLoader, DecodedImages
 from chanscale.errors import DataError
 from chanscale.metrics import Estimate, Metric, estimate, label_metrics, metrics_for
 from chanscale.programs import Program
+from chanscale.team import Portion
 
 if TYPE_CHECKING:
     from chanscale.ensemble import Ensemble
@@ -121,11 +123,10 @@ def predict_logits(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the logits (N, 1 or K), computed in fp32, and the labels (N,) or (N, K) of some images, one at least."""
     model.eval()
-    device = next(model.parameters()).device
-    logits, labels = [], []
-    for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
-        logits.append(model(batch.images.to(device)).float().cpu())
-        labels.append(batch.labels)
+    device, share = next(model.parameters()).device, Portion(indices)
+    logits: list[Tensor] = []
+    for batch in BatchLoader(data, share.own, batch_size=batch_size).epoch():
+        logits.append(model(batch.images.to(device)).float())
         if progress:
-            progress(sum(map(len, labels)), len(indices))
-    return torch.cat(logits).numpy(), torch.cat(labels).numpy()
+            progress(sum(map(len, logits)), len(share.own))
+    return share.gather(torch.cat(logits)).cpu().numpy(), data.images.labels[np.asarray(indices)]

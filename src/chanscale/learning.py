@@ -18,6 +18,7 @@ from chanscale.errors import TrainingError
 from chanscale.metrics import mean_auc
 from chanscale.probe import set_head_statistics
 from chanscale.progress import Watcher
+from chanscale.team import Portion, merge_parts, own_parts, share_gradients, sum_gradients
 
 FULL_EPOCH = 20
 """Fewer batches than this leave an epoch too short to learn in; images are then taken repeatedly."""
@@ -37,8 +38,9 @@ class Learner:
             data, np.tile(splits.train, repeats), batch_size=config.batch_size, shuffle=True, seed=config.seed,
             workers=config.workers,
         )  # fmt: skip
+        self.judging = Portion(splits.validation)
         self.validation = BatchLoader(
-            data, splits.validation, batch_size=config.micro_batch, workers=config.workers
+            data, self.judging.own, batch_size=config.micro_batch, workers=config.workers
         )
         self.sample = splits.train[:: -(-len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
@@ -54,19 +56,28 @@ class Learner:
         """Add the gradients of batch `done` of an epoch; return its mean loss.
 
         The trunk computes a few images at a time, forth and back, which keeps the passing maps small; the head sees
-        all, since it takes their statistics. Raises TrainingError when the loss is not finite.
+        all, since it takes their statistics. Of several processes, each has some of these parts, and the head of all.
+        Raises TrainingError when the loss is not finite.
         """
         images, labels = self.fabric.to_device((self._augment(batch.images, epoch, done), batch.labels))
         with self.fabric.autocast():
-            maps = torch.cat([model.feature_map(part) for part in images.split(self.config.micro_batch)])
-            loss = classification_loss(model.head(maps), labels, self.weights).mean()
+            parts = images.split(self.config.micro_batch)
+            own = [model.head.pool(model.feature_map(part)) for part in own_parts(parts)]
+            loss = classification_loss(model.head(merge_parts(own, parts)), labels, self.weights).mean()
         self.fabric.backward(loss)
+        self._merge_gradients(model)
         total = float(loss.detach())
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss became {total} in epoch {epoch}; use --precision 32-true, or a lower --head-lr"
             )
         return total
+
+    def _merge_gradients(self, model: Classifier) -> None:
+        head = list(model.head.parameters())
+        ours = {id(parameter) for parameter in head}
+        sum_gradients(p for p in model.parameters() if p.requires_grad and id(p) not in ours)
+        share_gradients(head)
 
     def set_statistics(self, model: Classifier) -> None:
         """Renew the statistics of the head of `model`, in place."""
@@ -110,12 +121,9 @@ class Learner:
     @torch.no_grad()
     def _validation_logits(self, model: Classifier) -> tuple[Tensor, Tensor]:
         model.eval()
-        logits, labels = [], []
-        for batch in self.validation.epoch():
-            images, targets = self.fabric.to_device((batch.images, batch.labels))
-            logits.append(model(images))
-            labels.append(targets)
-        return torch.cat(logits), torch.cat(labels)
+        logits = [model(self.fabric.to_device(batch.images)) for batch in self.validation.epoch()]
+        labels = torch.from_numpy(self.data.images.labels[np.asarray(self.judging.indices)])
+        return self.judging.gather(torch.cat(logits)), self.fabric.to_device(labels)
 
     def _augment(self, images: Tensor, epoch: int, done: int) -> Tensor:
         if not self.config.augment:

@@ -28,8 +28,8 @@ from chanscale.data.splits import Splits, split_images
 from chanscale.data.volumes import VolumeSpace
 from chanscale.decision_rules import require_support, settle_rules
 from chanscale.depth import Depth, choose_depth, end_trunk
-from chanscale.devices import find_precision, on_device
-from chanscale.errors import ChanscaleError, ConfigError, WeightsError
+from chanscale.devices import find_precision, join_team, on_device
+from chanscale.errors import ChanscaleError, ConfigError, LostProcessError, WeightsError
 from chanscale.evaluation import Evaluation, evaluate
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
@@ -39,8 +39,9 @@ from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 from chanscale.report_page.material import Material
-from chanscale.runs import RunFolder
+from chanscale.runs import FollowedFolder, RunFolder
 from chanscale.state import Best, TrainingState
+from chanscale.team import agree, alone, is_main, wait_for_all
 from chanscale.training import fit, start
 from chanscale.wording import NOTICE
 
@@ -84,8 +85,14 @@ def scale_and_select(
     """
     config, watcher = _name_network(model, preprocessing, config or FitConfig()), watcher or Watcher()
     folder = RunFolder.open(Path(out), config, resume=resume) if out is not None else None
+    join_team(config)
+    if not is_main():
+        folder, watcher = folder and FollowedFolder(folder.out, config), Watcher()
+        logging.getLogger("chanscale").setLevel(logging.ERROR)  # the first process warns for all
     try:
         return _run(model, preprocessing, data, config, folder, watcher)
+    except LostProcessError:
+        raise
     except ChanscaleError:
         # Nothing half-written; but what an interrupted run had reached before this call is not thrown away.
         if folder and not resume:
@@ -108,12 +115,13 @@ def _run(
     images = load_images(data, config, watcher)
     if config.fold_grey and images.channels != 1:
         raise ConfigError("fold_grey is for grey images, and these have colour; leave it out")
-    splits = (folder.read_splits(images.images) if folder else None) or split_images(
-        images.images, validation=config.validation, test=config.test, seed=config.seed
+    splits = agree(
+        (folder.read_splits(images.images) if folder else None)
+        or split_images(images.images, validation=config.validation, test=config.test, seed=config.seed)
     )
     require_support(config, images, splits)
     warn_of_imbalance(config, images, splits)
-    leaks = note_leaks(images, splits, watcher) if folder else None
+    leaks = note_leaks(images, splits, watcher) if folder and is_main() else None
     original, classifier = open_classifier(
         model, images, splits, config, watcher, preprocessing=preprocessing
     )
@@ -122,16 +130,16 @@ def _run(
         fold_grey(classifier, example)  # fails now, rather than when all is trained
     if folder:
         folder.begin(images.images, splits)
-    whole, depth = classifier, folder.read_depth() if folder else None
+    whole, depth = classifier, agree(folder.read_depth() if folder else None)
     depth = depth or choose_depth(whole, images, splits, config, watcher)
     if folder:
         folder.note_depth(depth)
     classifier = end_trunk(whole, depth, example)
     info = describe_model(original, classifier, images, depth)
-    state, notes = (folder.load(classifier) if folder else None) or (None, {})
+    state, notes = _load(folder, classifier)
     _require_same_original(original, notes)
     # Measured once, so that both halves of an interrupted run compute alike.
-    precision = notes.get("precision") or find_precision(config)
+    precision = agree(notes.get("precision") or find_precision(config))
     config = config.model_copy(update={"precision": precision})
     if state is None:
         state = start(classifier, images, splits, config)
@@ -175,13 +183,24 @@ def _run(
         **describe_machine(),
     }
     if folder:
-        info = folder.finish(
-            Material(best.model, info, metrics, state.history, config, widths(whole), images, splits, judged),
-            progress=partial(watcher.on_step, "learning which images are usual"),
-        )
+        with alone():  # the others have nothing left to compute
+            info = folder.finish(
+                Material(
+                    best.model, info, metrics, state.history, config, widths(whole), images, splits, judged
+                ),
+                progress=partial(watcher.on_step, "learning which images are usual"),
+            )
+        info = agree(info)
     elif info.rebuilt_by == "program":
         info = replace(info, rebuilt_by="network")  # no program was written
     return Run(best.model.eval(), info, metrics, state.history, folder.out if folder else None)
+
+
+def _load(folder: RunFolder | None, classifier: Classifier) -> tuple[TrainingState | None, dict[str, Any]]:
+    """Return the state and the notes of an interrupted run; all processes read them before one writes others."""
+    found = folder.load(classifier) if folder and agree(folder.has_epoch) else None
+    wait_for_all()
+    return found or (None, {})
 
 
 def warn_of_imbalance(config: FitConfig, images: DecodedImages, splits: Splits) -> None:

@@ -13,6 +13,7 @@ from chanscale.data.loading import BatchLoader, DecodedImages, Progress
 from chanscale.errors import TrainingError
 from chanscale.heads import standardise
 from chanscale.metrics import Floats, Ints
+from chanscale.team import Portion
 
 STRENGTH = 0.01
 """Inverse L2 strength: with 512 features and some hundred images, weak fits separate everything and learn nothing."""
@@ -74,15 +75,18 @@ def pooled_features(
     batch_size: int,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the head's pooled features (N, C), in fp32 on the CPU, and the labels (N,) or (N, K) of some images."""
+    """Return the head's pooled features (N, C), in fp32 on the CPU, and the labels (N,) or (N, K) of some images.
+
+    Of several processes, each computes a share of them.
+    """
     model.eval()
     device = model.head.mean.device
-    features, labels = [], []
-    for done, batch in enumerate(BatchLoader(data, indices, batch_size=batch_size).epoch()):
+    share = Portion(indices)
+    features = []
+    for done, batch in enumerate(BatchLoader(data, share.own, batch_size=batch_size).epoch()):
         if progress:
-            progress(done * batch_size, len(indices))
-        features.append(model.head.pool(model.feature_map(batch.images.to(device))).cpu())
-        labels.append(batch.labels)
+            progress(done * batch_size, len(share.own))
+        features.append(model.head.pool(model.feature_map(batch.images.to(device))))
     if progress:
-        progress(len(indices), len(indices))
-    return torch.cat(features), torch.cat(labels)
+        progress(len(share.own), len(share.own))
+    return share.gather(torch.cat(features)).cpu(), torch.from_numpy(data.images.labels[np.asarray(indices)])

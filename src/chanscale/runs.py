@@ -90,12 +90,17 @@ class RunFolder:
                 f"cannot resume from {self._depth} ({one_line(error)}); delete its folder and fit again"
             ) from error
 
+    @property
+    def has_epoch(self) -> bool:
+        """Whether an interrupted run had finished an epoch."""
+        return self._checkpoint.exists()
+
     def load(self, whole: Classifier) -> tuple[TrainingState, dict[str, Any]] | None:
         """Return the state of an interrupted run and its notes, if it had finished an epoch.
 
         `whole`: the classifier that it began with; it carries its groups.
         """
-        if not self._checkpoint.exists():
+        if not self.has_epoch:
             return None
         return load_checkpoint(self._checkpoint, self.config, whole=whole)
 
@@ -202,6 +207,24 @@ class RunFolder:
                 f"{self.partial} was begun with {name}={getattr(begun, name)!r}, not {getattr(self.config, name)!r}; "
                 f"resume with the same options"
             )
+
+
+class FollowedFolder(RunFolder):
+    """The same folder, as the other processes of a job have it: they read, and the first one writes."""
+
+    def begin(self, images: ImageSet, splits: Splits) -> None:
+        """Write nothing."""
+
+    def note_depth(self, depth: Depth) -> None:
+        """Write nothing."""
+
+    def save(self, state: TrainingState, notes: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def finish(self, run: Material, *, progress: Progress | None = None) -> ModelInfo:
+        """Write nothing."""
+        del progress
+        return run.info
 
 
 def _count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:

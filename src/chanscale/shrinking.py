@@ -74,7 +74,7 @@ class BudgetPenalty:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
         importance = self._importance(scales)
         pivot = self._within(importance, pace.budget)[1]
-        step, factors = pivot / pace.batches_left, self._factors(importance, pivot, pace)
+        step, factors = pivot / pace.batches_left, self._factors(scales, importance, pivot, pace)
         # Said outright: a weight that is divided by and multiplied with may leave a last bit.
         steps = {
             name: (factors[name] * step).masked_fill((values <= step) & (factors[name] > 0), torch.inf)
@@ -91,7 +91,7 @@ class BudgetPenalty:
         """
         importance = self._importance(scales)
         pivot = self._within(importance, pace.budget)[1]
-        step, factors = pivot / pace.batches_left, self._factors(importance, pivot, pace)
+        step, factors = pivot / pace.batches_left, self._factors(scales, importance, pivot, pace)
         rms = scales.gradient_rms()
         scales.add_to_gradients({name: factor * (rms * step / lr) for name, factor in factors.items()})
         return step
@@ -125,15 +125,15 @@ class BudgetPenalty:
     def _limit(self, budget: float) -> float:
         return (1 - budget) * self.whole.original(self.config.budget_of)
 
-    def _factors(self, importance: Mapping[str, Tensor], pivot: float, pace: Pace) -> dict[str, Tensor]:
+    def _factors(
+        self, scales: GroupScales, importance: Mapping[str, Tensor], pivot: float, pace: Pace
+    ) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
         exponent = self.config.concavity * pace.progress
-        held = self._held(importance, pivot)
+        held, weights = self._held(importance, pivot), self._weigh(scales)
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.
         return {
-            name: ~held[name]
-            * self._weights[name]
-            * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
+            name: ~held[name] * weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
             for name, values in importance.items()
         }
 
@@ -148,7 +148,18 @@ class BudgetPenalty:
         return {name: held[name] & (values <= pivot) for name, values in importance.items()}
 
     def _importance(self, scales: GroupScales) -> dict[str, Tensor]:
-        return {name: norms / self._weights[name] for name, norms in scales.norms().items()}
+        weights = self._weigh(scales)
+        return {name: norms / weights[name] for name, norms in scales.norms().items()}
+
+    def _weigh(self, scales: GroupScales) -> dict[str, Tensor | float]:
+        """Return the weight of each group, or of each channel where its scale does not tell what it is worth.
+
+        Of those that the head alone reads, it falls with what the head makes of them (adaptive lasso, Zou 2006).
+        """
+        uses = scales.uses()
+        return {
+            name: weight / uses[name] if name in uses else weight for name, weight in self._weights.items()
+        }
 
 
 def channel_weights(weigh_by: Weighting, cost: TrunkCost) -> dict[str, float]:

@@ -24,7 +24,7 @@ from chanscale.files import to_json, write_atomically
 from chanscale.own_images import open_own_images
 from chanscale.report_page.material import find_widths, read_metrics
 
-IDLE = DECODING | READING | {"seed", "weights", "device"}
+IDLE = DECODING | READING | {"seed", "weights", "device", "devices", "nodes"}
 """Options in which runs may differ that differ in their seed."""
 
 SIDE = 28
