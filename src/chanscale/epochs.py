@@ -8,6 +8,7 @@ from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.group_scales import GroupScales, scale_parameters
+from chanscale.last_layer import drop_rounding
 from chanscale.learning import Learner, cosine, merit
 from chanscale.progress import Watcher
 from chanscale.pruning import ROUNDING
@@ -85,7 +86,7 @@ class EpochRunner(Learner):
             weight.grad += 2 * self.config.head_decay * weight.detach()
         kind = self.config.penalty if moment.phase == "scale" else None
         step = 0.0
-        scales.drop_rounding()
+        drop_rounding(scales.last, scales.parameters)
         if kind == "gradient":
             step = self.penalty.add_gradient(scales, self._pace(moment, done), lr=state.scale_lr)
         optimizer.step()

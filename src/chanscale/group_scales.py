@@ -1,17 +1,14 @@
 """The scales of a network, told by group: a channel has as many as its group has sites, and they act as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from chanscale.channels import ChannelGroup, Slot, free_groups
+from chanscale.channels import free_groups
 from chanscale.errors import ModelError
-from chanscale.heads import PooledHead
+from chanscale.last_layer import find_last
 from chanscale.scaling import SCALE, ChannelScale, soft_threshold
-
-ROUNDING = 1e-3
-"""Gradients so much smaller than those of all scales are rounding."""
 
 
 def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,7 +42,7 @@ class GroupScales:
             for site in group.sites
             for position, channel in zip(site.positions, site.channels, strict=True)
         ]
-        self._read = _find_read_by_head(model, groups)
+        self.last = find_last(model, groups)
         device = next(iter(self.parameters.values())).device
         self._places, self._channels = torch.tensor(placed, device=device).T
         self._counts = torch.bincount(self._channels, minlength=sum(self.widths.values()))
@@ -53,35 +50,6 @@ class GroupScales:
     def norms(self) -> dict[str, Tensor]:
         """Return the norm of each channel, shape (width,), by the group's name."""
         return self._by_group(self._norms())
-
-    def uses(self) -> dict[str, Tensor]:
-        """Return what the head makes of each channel of the groups that it alone reads, beside their mean, (width,).
-
-        It standardises its features, so that a scale in front of it changes nothing: its weights tell what a channel is
-        worth, and the scale does not.
-        """
-        weights = {name: _sum_weights(head, slot) for name, (head, slot) in self._read.items()}
-        return {name: (sums / sums.mean().clamp_min(1e-12)).clamp_min(0.05) for name, sums in weights.items()}
-
-    @torch.no_grad()
-    def drop_rounding(self) -> None:
-        """Set to 0, in place, gradients that are rounding and nothing else: Adam would make whole steps of them.
-
-        They are those of scales that the head's standardisation cancels, where all behind them is homogeneous.
-        """
-        gradients = self._gradients()
-        row = self._row(gradients)
-        rms = row[self._places].square().mean().sqrt()
-        group_of = torch.repeat_interleave(
-            torch.arange(len(self.widths), device=row.device),
-            torch.tensor([*self.widths.values()], device=row.device),
-        )[self._channels]
-        for index, name in enumerate(self.widths):
-            if name in self._read:
-                own = self._places[group_of == index]
-                if row[own].square().mean().sqrt() <= ROUNDING * rms:
-                    row[own] = 0
-        self._write(row, gradients)
 
     @torch.no_grad()
     def shrink(self, steps: Mapping[str, Tensor]) -> None:
@@ -155,26 +123,6 @@ class GroupScales:
             tensors.values(), torch.split(row, [len(tensor) for tensor in tensors.values()]), strict=True
         ):
             tensor.copy_(values)
-
-
-def _find_read_by_head(
-    model: nn.Module, groups: Sequence[ChannelGroup]
-) -> dict[str, tuple[PooledHead, Slot]]:
-    """Return the head that reads a group, and where, of the groups that nothing else reads."""
-    heads = {name: module for name, module in model.named_modules() if isinstance(module, PooledHead)}
-    return {
-        group.name: (heads[group.inputs[0].layer], group.inputs[0])
-        for group in groups
-        if len(group.inputs) == 1 and group.inputs[0].layer in heads
-    }
-
-
-@torch.no_grad()
-def _sum_weights(head: PooledHead, slot: Slot) -> Tensor:
-    """Return the root of the sum of the squared weights that a head has for each channel, (width,)."""
-    squares = head.linear.weight.square().sum(0)[list(slot.positions)]
-    sums = squares.new_zeros(max(slot.channels) + 1)
-    return sums.index_add_(0, torch.tensor(slot.channels, device=sums.device), squares).sqrt()
 
 
 def _starts(lengths: Mapping[str, int]) -> dict[str, int]:

@@ -156,7 +156,7 @@ class BudgetPenalty:
 
         Of those that the head alone reads, it falls with what the head makes of them (adaptive lasso, Zou 2006).
         """
-        uses = scales.uses()
+        uses = {name: channels.uses() for name, channels in scales.last.items()}
         return {
             name: weight / uses[name] if name in uses else weight for name, weight in self._weights.items()
         }
