@@ -13,7 +13,9 @@ from chanscale.shrinking import BudgetPenalty, Pace, channel_weights
 from networks import attach, build_classifier, images, plain_trunk, widths_of
 
 MODEL = build_classifier(plain_trunk((6, 12, 10)))
-nn.init.ones_(MODEL.head.linear.weight)  # it makes as much of every channel: scales alone tell them apart here
+nn.init.ones_(
+    MODEL.head.linear.weight
+)  # it makes as much of every channel: scales alone tell them apart here
 WIDTHS = widths_of(MODEL)
 COST = trunk_cost(MODEL, free_groups(MODEL), images(1, side=32))
 WEIGHTINGS = ["uniform", "parameters", "macs"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from chanscale.artifact import load_model
-from test_cli import OPTIONS, draw
+from test_cli import OPTIONS, draw, error_of
 from tiny_backbone import register
 
 HERE = Path(__file__).parent
@@ -170,6 +170,13 @@ def test_a_team_that_cannot_be_had_is_one_line(images, tmp_path, options, said):
     assert out == ""
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["compare", "cross-validate", "tune"])
+def test_what_has_many_fits_runs_each_in_one_process(images, tmp_path, capsys, command):
+    words = (command, images, "--out", tmp_path / "out", *OPTIONS, "--devices=2")
+    assert "leave devices and nodes out" in error_of(capsys, words)
     assert not list(tmp_path.iterdir())
 
 

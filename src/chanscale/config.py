@@ -246,6 +246,11 @@ class FitConfig(BaseModel):
             raise ValueError("window must be a lower and a higher value")
         return self
 
+    def require_one_process(self, what: str) -> None:
+        """Raise ConfigError where the work of a batch is to be shared, which is for a single fit."""
+        if self.devices * self.nodes > 1:
+            raise ConfigError(f"{what} runs each fit in one process; leave devices and nodes out")
+
     @classmethod
     def build(cls, options: dict[str, Any]) -> Self:
         """Validate `options`. Raises ConfigError, in one line that names the option."""

@@ -45,6 +45,9 @@ class Plan:
     config: FitConfig
     tries: int = 1
 
+    def __post_init__(self) -> None:
+        self.config.require_one_process("a comparison")
+
     @property
     def cells(self) -> list[Cell]:
         """Every cell; all methods of one training set in a row, so that half a grid compares them."""

@@ -39,6 +39,7 @@ class CrossPlan:
     config: FitConfig
 
     def __post_init__(self) -> None:
+        self.config.require_one_process("a cross-validation")
         if self.folds < 2 or self.repeats < 1:
             raise ConfigError(
                 f"a cross-validation needs 2 folds and 1 repeat at least. Got {self.folds} and {self.repeats}."

@@ -26,6 +26,9 @@ class SearchPlan:
     config: FitConfig
     searched: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        self.config.require_one_process("a search")
+
     @property
     def of(self) -> str | None:
         """What is to be small besides a large AUC, `parameters` or `macs`; None where the budget is fixed."""
