@@ -27,6 +27,7 @@ from chanscale.vgg import VGG16Trunk
 from networks import TRUNKS, attach, build_classifier, images, norm_trunk, plain_trunk, randomise, set_scales
 
 TWO, THREE = ("no", "yes"), ("a", "b", "c")
+INFO = ModelInfo("vgg16", TWO, {}, {}, 32, 3)
 
 
 def build(classes=TWO, *, constant=0):
@@ -382,7 +383,7 @@ def test_the_mean_of_the_relative_map_is_the_logit_less_the_mean_training_logit(
     usual = decompose_mean(model, training)
     pixels = torch.rand(2, 1, 32, 32)
     parts = decompose(model.head, model.feature_map(pixels))
-    shown = show_class_map(parts, name_subject(TWO, 0), 1, usual, 4)
+    shown = show_class_map(parts, name_subject(INFO, 0), 1, usual, 4)
     wanted = float(parts.logits[1, 0] - usual.logits[0, 0])
     assert shown.relative
     assert float(shown.values.mean()) == pytest.approx(wanted, rel=1e-9)
@@ -398,7 +399,7 @@ def to_pixels(record):
 def test_the_absolute_map_says_that_its_frame_comes_from_the_padding():
     model = build()
     parts = decompose(model.head, model.feature_map(images(1, 32)))
-    shown = show_class_map(parts, name_subject(TWO, 0), 0, None)
+    shown = show_class_map(parts, name_subject(INFO, 0), 0, None)
     assert not shown.relative
     assert "comes from the padding" in shown.caption
     assert float(shown.values.mean()) == pytest.approx(float(parts.logits[0, 0]), rel=1e-9)
