@@ -311,9 +311,9 @@ def test_images_are_listed_beforehand_only_where_no_pattern_finds_patients(
 ):
     listed = []
     monkeypatch.setattr(
-        "chanscale.data.open_images", lambda *given, **how: listed.append(given) or open_images(*given, **how)
+        pipeline, "open_images", lambda *given, **how: listed.append(given) or open_images(*given, **how)
     )
-    assert fit(tmp_path, *given) == 0
+    assert fit(tmp_path, *given) == 0  # what fits is patched, and lists none
     assert len(listed) == times
 
 
