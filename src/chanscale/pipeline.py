@@ -209,13 +209,16 @@ def warn_of_imbalance(config: FitConfig, images: DecodedImages, splits: Splits) 
         return
     strata, names = images.images.strata[np.asarray(splits.train)], images.images.classes
     counts = strata.sum(0)
-    if counts.max() >= RARE * counts[: len(names)].min():
-        _log.warning(
-            "of %d training images, %d are %s: a class so rare may never be the most probable one; "
-            "consider --balance%s",
-            len(strata), counts[: len(names)].min(), names[int(counts[: len(names)].argmin())],
-            ", and --sensitivity" if len(names) == 2 and not images.images.is_multilabel else "",
-        )  # fmt: skip
+    rarest = int(counts[: len(names)].argmin())
+    if counts.max() < RARE * counts[rarest]:
+        return
+    has, what = ("have", "label") if images.images.is_multilabel else ("are", "class")
+    never = "more probable than not" if images.images.is_multilabel else "the most probable one"
+    others = ", and --sensitivity" if len(names) == 2 and not images.images.is_multilabel else ""
+    _log.warning(
+        "of %d training images, %d %s %s: a %s so rare may never be %s; consider --balance%s",
+        len(strata), counts[rarest], has, names[rarest], what, never, others,
+    )  # fmt: skip
 
 
 def note_leaks(images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any] | None:
