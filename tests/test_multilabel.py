@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from chanscale import cli, export_run, load_model
-from chanscale.calibration import CALIBRATION
+from chanscale.calibration import CALIBRATION, judge_calibration
 from chanscale.classifier import class_weights, classification_loss, probabilities
 from chanscale.data import open_images
 from chanscale.data.label_columns import UNKNOWN
@@ -19,6 +19,7 @@ from chanscale.data.splits import read_splits, split_images, write_splits
 from chanscale.errors import DataError, SplitError
 from chanscale.evaluation import evaluate
 from chanscale.metrics import accuracy, area_under_roc, as_pairs, label_auc, mean_auc
+from chanscale.novelty.storage import find_novelty
 from chanscale.probe import fit_head, regress
 from chanscale.temperature import find_temperature
 from networks import build_classifier, plain_trunk, randomise, same_tensors
@@ -192,6 +193,33 @@ def test_no_figure_depends_on_what_is_said_where_the_label_is_unknown():
         assert one == same
         assert np.isfinite(one)
     assert find_temperature(logits, labels) == find_temperature(other, labels)
+
+
+def test_where_no_label_is_known_no_figure_is_defined_and_draws_of_such_images_are_left_out():
+    logits, labels = drawn(count=30)
+    shares = probabilities(torch.from_numpy(logits), multilabel=True).numpy()
+    nothing = np.full_like(labels, UNKNOWN)
+    assert all(np.isnan(metric(shares, nothing)) for metric in (mean_auc, accuracy, *CALIBRATION.values()))
+    nothing[:4] = np.abs(labels[:4])
+    found = judge_calibration(shares, nothing, np.arange(30))
+    assert all(np.isfinite([one.low, one.value, one.high]).all() for one in found.values())
+
+
+def test_a_near_tie_is_a_label_that_is_about_as_probable_as_not(made):
+    run, table = made
+    detector, (model, info) = find_novelty(run), load_model(run)
+    images = decode_images(open_images(table, classes=info.classes), image_size=32)
+    judged = detector.judge(model, images)
+    near = np.abs(judged.probabilities - 0.5).min(1) < detector.margin
+    assert [verdict.near_tie for verdict in judged.verdicts] == near.tolist()
+    assert 0 < near.sum() < len(near)
+
+
+def test_a_single_image_has_its_label_vector(made):
+    _, table = made
+    images = decode_images(open_images(table), image_size=32)
+    _, labels, index = images[3]
+    assert labels.tolist() == list(images.images.records[index].labels)
 
 
 def test_the_auc_is_the_mean_of_those_of_the_labels_that_have_one():

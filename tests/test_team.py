@@ -176,7 +176,7 @@ def test_a_team_that_cannot_be_had_is_one_line(images, tmp_path, options, said):
 @pytest.mark.parametrize("command", ["compare", "cross-validate", "tune"])
 def test_what_has_many_fits_runs_each_in_one_process(images, tmp_path, capsys, command):
     words = (command, images, "--out", tmp_path / "out", *OPTIONS, "--devices=2")
-    assert "leave devices and nodes out" in error_of(capsys, words)
+    assert "leave devices, nodes and torchrun out" in error_of(capsys, words)
     assert not list(tmp_path.iterdir())
 
 

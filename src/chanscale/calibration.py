@@ -1,6 +1,6 @@
 """How far probabilities can be believed: their figures on images whose classes are known.
 
-Several labels of an image, (N, K), are as many questions of two answers.
+Several labels of an image, (N, K), are as many questions of two answers. Where none is known, a figure is nan.
 """
 
 from typing import Any
@@ -21,6 +21,8 @@ LEAST = 1e-7
 def negative_log_likelihood(probabilities: Floats, labels: Ints) -> float:
     """Mean of -ln of the probability of the true class (NLL), in nats; below 1e-7 a probability counts as that."""
     probabilities, labels = as_pairs(probabilities, labels)
+    if not len(labels):
+        return float("nan")
     true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return float(-np.log(true.clip(LEAST, 1)).mean())
 
@@ -28,6 +30,8 @@ def negative_log_likelihood(probabilities: Floats, labels: Ints) -> float:
 def brier_score(probabilities: Floats, labels: Ints) -> float:
     """Mean squared distance of probabilities from the truth (Brier 1950); for two classes, of the positive one."""
     probabilities, labels = as_pairs(probabilities, labels)
+    if not len(labels):
+        return float("nan")
     truth = np.eye(probabilities.shape[1])[labels]
     squares = (probabilities.astype(np.float64) - truth) ** 2
     return float(np.mean(squares[:, 1] if probabilities.shape[1] == 2 else squares.sum(1)))
@@ -40,6 +44,8 @@ def calibration_error(probabilities: Floats, labels: Ints) -> float:
     of few is mostly chance: equal mass is less biased (Roelofs et al. 2022), and not without bias either.
     """
     said, right = said_and_right(probabilities, labels)
+    if not len(said):
+        return float("nan")
     # By value, so that images of the same probability share a bin, and their order does not matter.
     edges = np.quantile(said, np.arange(1, BINS) / BINS)
     gaps = np.bincount(np.searchsorted(edges, said), said - right, minlength=BINS)

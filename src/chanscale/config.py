@@ -4,6 +4,7 @@ The Python API takes a `FitConfig`; the command line makes one option of each fi
 holds the complete one as `config.yaml`.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -81,7 +82,9 @@ class FitConfig(BaseModel):
     )
     workers: int = Field(2, ge=0, description="Threads that decode images.")
     cache_gib: float | None = Field(
-        None, ge=0, description="Memory for decoded images, in GiB; default: a quarter of what is free."
+        None,
+        ge=0,
+        description="Memory for decoded images, in GiB, of each process; default: a quarter of what is free.",
     )
 
     # --- network
@@ -248,8 +251,9 @@ class FitConfig(BaseModel):
 
     def require_one_process(self, what: str) -> None:
         """Raise ConfigError where the work of a batch is to be shared, which is for a single fit."""
-        if self.devices * self.nodes > 1:
-            raise ConfigError(f"{what} runs each fit in one process; leave devices and nodes out")
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if self.devices * self.nodes > 1 or by_torchrun:
+            raise ConfigError(f"{what} runs each fit in one process; leave devices, nodes and torchrun out")
 
     @classmethod
     def build(cls, options: dict[str, Any]) -> Self:

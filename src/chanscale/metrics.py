@@ -81,7 +81,7 @@ def area_under_roc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 def accuracy(probabilities: Floats, labels: Ints) -> float:
     """Share of images whose most probable class is theirs; of several labels, share of known ones that are right."""
     probabilities, labels = as_pairs(probabilities, labels)
-    return float(np.mean(probabilities.argmax(1) == labels))
+    return float(np.mean(probabilities.argmax(1) == labels)) if len(labels) else float("nan")
 
 
 def sensitivity(probabilities: Floats, labels: Ints) -> float:

@@ -131,7 +131,7 @@ def _run(
     if folder:
         folder.begin(images.images, splits)
     whole, depth = classifier, agree(folder.read_depth() if folder else None)
-    depth = depth or choose_depth(whole, images, splits, config, watcher)
+    depth = depth or agree(choose_depth(whole, images, splits, config, watcher))
     if folder:
         folder.note_depth(depth)
     classifier = end_trunk(whole, depth, example)

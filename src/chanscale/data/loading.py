@@ -1,6 +1,7 @@
 """Decode images once, keep them as 16-bit pixels where memory allows, and hand them out in batches."""
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from chanscale.data.memory import free_memory
 from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.volumes import VolumeSpace, read_volume, require_extra
 from chanscale.errors import ConfigError, DataError, UnreadableImageError, clip
+from chanscale.team import team_size
 
 Progress = Callable[[int, int], None]
 Indices = Sequence[int] | NDArray[np.integer]
@@ -36,7 +38,7 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-class DecodedImages(Dataset[tuple[Tensor, int, int]]):
+class DecodedImages(Dataset[tuple[Tensor, int | Tensor, int]]):
     """The images of a set as float32 in [0, 1], all of one size and one number of channels.
 
     `images` is the set without those that were skipped; indices count in it. `channels` is 3 if any image is
@@ -68,12 +70,12 @@ class DecodedImages(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor, int]:
         images, labels = self.batch([index])
-        return images[0], int(labels[0]), index
+        return images[0], labels[0] if self.images.is_multilabel else int(labels[0]), index
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Return images (N, C, S, S), or volumes (N, C, S, S, S), in [0, 1], and class indices (N,)."""
+        """Return images (N, C, S, S), or volumes (N, C, S, S, S), in [0, 1], and labels (N,) or (N, K)."""
         rows = np.asarray(indices, dtype=np.intp)
         pixels = np.stack([self._decode(i) for i in rows]) if self._cache is None else self._cache[rows]
         # Divided, not multiplied by the inverse: so that an 8-bit v is exactly v / 255.
@@ -191,7 +193,11 @@ def _require_kind(images: ImageSet, space: VolumeSpace | None) -> None:
 
 
 def _find_cache_bytes(wanted: int | None) -> int:
-    return int(_SHARE_OF_FREE_MEMORY * free_memory()) if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    # Of several processes on a machine, each holds all images.
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", team_size()))
+    return int(_SHARE_OF_FREE_MEMORY * free_memory() / together)
 
 
 def _decode_all(

@@ -23,7 +23,7 @@ class Verdict:
 
     `score`: the share of images like the training images that are as unusual, so small for a novel one. `flagged`:
     whether it is at most the rate; `reasons`, in words, the strongest first, only then. `near_tie`: whether the two
-    most probable classes are about as probable.
+    most probable classes are about as probable; of several labels, whether one is about as probable as not.
     """
 
     score: float
@@ -50,8 +50,8 @@ class Detector:
     """Tells images that are unlike those which a model was trained on.
 
     `layers`: those watched. `usual` (N,), ascending: how surprising the most surprising score was of images that the
-    views were not fitted on. `rate`: the wanted share of false alarms. `margin`: |p - 0.5| below it is a near tie; of
-    more classes, half the lead of the most probable one.
+    views were not fitted on. `rate`: the wanted share of false alarms. `margin`: |p - 0.5| below it is a near tie, of any
+    of several labels; of more than two classes, half the lead of the most probable one.
     """
 
     layers: tuple[str, ...]
@@ -85,10 +85,10 @@ class Detector:
         """
         indices = range(len(data)) if indices is None else indices
         traits = read_traits(model, self.layers, data, indices, progress=progress)
-        return Judgement(traits.probabilities, self.judge_traits(traits))
+        return Judgement(traits.probabilities, self.judge_traits(traits, multilabel=model.multilabel))
 
-    def judge_traits(self, traits: Traits) -> tuple[Verdict, ...]:
-        """Return the verdict for each image whose traits were read."""
+    def judge_traits(self, traits: Traits, *, multilabel: bool = False) -> tuple[Verdict, ...]:
+        """Return the verdict for each image whose traits were read; `multilabel`: each probability stands by itself."""
         if not len(traits):
             return ()
         self._require_fit(traits)
@@ -96,7 +96,8 @@ class Detector:
         scores = self.score(surprise.max(1))
         flagged = surprise.max(1) >= self.threshold
         reasons = give_reasons(self.views, traits, surprise, flagged, threshold=self.threshold)
-        ties = lead(traits.probabilities) / 2 < self.margin
+        distance = np.abs(traits.probabilities - 0.5).min(1) if multilabel else lead(traits.probabilities) / 2
+        ties = distance < self.margin
         told = zip(scores.tolist(), flagged.tolist(), reasons, ties.tolist(), strict=True)
         return tuple(Verdict(*verdict) for verdict in told)
 

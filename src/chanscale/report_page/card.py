@@ -98,9 +98,10 @@ def describe_training(material: Material) -> Rows:
 
 
 def _describe_temperature(calibration: Mapping[str, Any]) -> str:
-    if calibration["reason"]:
+    if calibration["temperature"] == 1 and calibration["reason"]:
         return f"none: {calibration['reason']}"
-    return f"{calibration['temperature']:.3f}, from {calibration['images']:,} validation images"
+    told = f"{calibration['temperature']:.3f}, from {calibration['images']:,} validation images"
+    return f"{told}; {calibration['reason']}" if calibration["reason"] else told
 
 
 def list_options(config: FitConfig) -> list[Option]:
