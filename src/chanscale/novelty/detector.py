@@ -50,8 +50,8 @@ class Detector:
     """Tells images that are unlike those which a model was trained on.
 
     `layers`: those watched. `usual` (N,), ascending: how surprising the most surprising score was of images that the
-    views were not fitted on. `rate`: the wanted share of false alarms. `margin`: |p - 0.5| below it is a near tie, of any
-    of several labels; of more than two classes, half the lead of the most probable one.
+    views were not fitted on. `rate`: the wanted share of false alarms. `margin`: |p - 0.5| below it is a near tie, of
+    any of several labels; of more than two classes, half the lead of the most probable one.
     """
 
     layers: tuple[str, ...]
