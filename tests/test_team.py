@@ -193,11 +193,10 @@ def hosts():
     def call(*words, check=True):
         return subprocess.run([ip, *words], capture_output=True, text=True, check=check)
 
-    if call("netns", "add", names[0], check=False).returncode:
-        pytest.skip("needs the right to make network namespaces")
-    try:
-        call("netns", "add", names[1])
+    def connect():
         ends = [f"cs{os.getpid() % 10**6}{end}" for end in "ab"]
+        for name in names:
+            call("netns", "add", name)
         call("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         for name, end, address in zip(names, ends, ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
             call("link", "set", end, "netns", name)
@@ -207,6 +206,13 @@ def hosts():
                 ["link", "set", "lo", "up"],
             ):
                 call("-n", name, *words)
+        return ends
+
+    try:
+        try:
+            ends = connect()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
         yield [
             ((ip, "netns", "exec", name, sys.executable, HERE / "tiny_cli.py"), end)
             for name, end in zip(names, ends, strict=True)
