@@ -80,6 +80,14 @@ def files_below(folder: Path) -> dict[str, int]:
     }
 
 
+def loaded_by_help(command: str, names: tuple[str, ...] = HEAVY) -> str:
+    """Return which modules of these `names` a process holds that has shown the help of a command, as a list."""
+    found = f"[name for name in {names!r} if name in sys.modules]"
+    program = f"import sys, chanscale.cli as cli; cli.run([{command!r}, '--help']); print({found})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
 # --- starting
 
 

@@ -1,8 +1,6 @@
 """What more images would bring: the law, its uncertainty, and the command."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from chanscale.comparison.learning_curve import Law, Point, find_points, fit_cur
 from chanscale.comparison.table import make_rows
 from chanscale.config import FitConfig
 from chanscale.errors import ConfigError
-from test_cli import HEAVY, error_of, words
+from test_cli import error_of, loaded_by_help, words
 from test_compare_folds import make_images
 from test_compare_grid import make_result
 
@@ -191,7 +189,4 @@ def test_a_grid_without_cells_is_one_line(grid, capsys):
 
 @pytest.mark.parametrize("command", ["learning-curve", "cross-validate"])
 def test_help_loads_nothing_heavy(command):
-    found = f"[name for name in {HEAVY!r} if name in sys.modules]"
-    program = f"import sys, chanscale.cli as cli; cli.run([{command!r}, '--help']); print({found})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert loaded_by_help(command) == "[]"

@@ -35,7 +35,7 @@ from chanscale.tuning.space import SPACE, choose_options, to_options, to_params
 from chanscale.tuning.stopping import WITNESSES, Rival, Stopped, TrialWatcher, falls_behind
 from chanscale.tuning.study import mend_journal
 from chanscale.tuning.trials import TrialSpec, read_trial, run_trial
-from test_cli import HEAVY, OPTIONS, error_of, words
+from test_cli import HEAVY, OPTIONS, error_of, loaded_by_help, words
 from test_compare import CONFIG
 
 pytestmark = pytest.mark.skipif(find_spec("optuna") is None, reason="needs: pip install 'chanscale[tune]'")
@@ -562,10 +562,7 @@ def test_half_a_line_of_a_journal_is_taken_away_and_no_whole_one(tmp_path):
 
 
 def test_help_loads_nothing_heavy():
-    found = f"[name for name in {(*HEAVY, 'optuna')!r} if name in sys.modules]"
-    program = f"import sys, chanscale.cli as cli; cli.run(['tune', '--help']); print({found})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert loaded_by_help("tune", (*HEAVY, "optuna")) == "[]"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,11 @@ class ModelInfo:
         return len(self.classes) == 2 and not self.multilabel
 
     @property
+    def label_columns(self) -> tuple[str, ...] | None:
+        """The columns of a table that hold the labels; None where an image has one class."""
+        return self.classes if self.multilabel else None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of an image as the model takes it: (C, S, S), or (C, S, S, S) for volumes."""
         return shape_of(self.channels, self.image_size, self.space)

@@ -64,9 +64,8 @@ class Classifier(nn.Module):
 
 def to_channels_last(model: Classifier) -> Classifier:
     """Lay the weights of `model` out, in place, as convolution kernels want them; return it."""
-    if any(
-        parameter.dim() == 5 for parameter in model.parameters()
-    ):  # of volumes: torch has another format for each
+    # Of volumes: torch has another format for each.
+    if any(parameter.dim() == 5 for parameter in model.parameters()):
         return model
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

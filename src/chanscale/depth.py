@@ -235,5 +235,5 @@ def features_behind(
             batch_size=batch_size,
             progress=partial(watcher.on_step, "reading every layer"),
         )
-    share = Portion(indices)
-    return [*(share.gather(torch.cat(found)).cpu() for found in pooled), last], labels
+    portion = Portion(indices)
+    return [*(portion.gather(torch.cat(found)).cpu() for found in pooled), last], labels

@@ -11,14 +11,13 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.strategies.launchers import subprocess_script as launchers
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from chanscale.channels import Model
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.errors import ConfigError, one_line
 from chanscale.modes import device_of
-from chanscale.team import team_size
+from chanscale.team import is_joined, team_size
 
 
 def _own_device(config: FitConfig) -> int | list[int]:
@@ -43,7 +42,7 @@ def join_team(config: FitConfig) -> None:
     Returns when all are there. A process that ends before its time ends the others. Raises ConfigError.
     """
     devices, nodes = _count_processes(config)
-    if devices * nodes == 1 or dist.is_initialized():
+    if devices * nodes == 1 or is_joined():
         return
     launcher = logging.getLogger(launchers.__name__)
     launcher.setLevel(logging.INFO)

@@ -92,9 +92,8 @@ def evaluate(
     estimates = estimate(figures, scores, labels, groups)
     if not model.multilabel:
         return Evaluation(names, groups, labels, logits, scores, estimates)
-    by_label = estimate(label_metrics(len(model.classes)), scores, labels, groups)
-    named = dict(zip(model.classes, by_label.values(), strict=True))
-    return Evaluation(names, groups, labels, logits, scores, estimates, named)
+    by_label = estimate(label_metrics(model.classes), scores, labels, groups)
+    return Evaluation(names, groups, labels, logits, scores, estimates, by_label)
 
 
 def predict(
@@ -123,10 +122,11 @@ def predict_logits(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the logits (N, 1 or K), computed in fp32, and the labels (N,) or (N, K) of some images, one at least."""
     model.eval()
-    device, share = next(model.parameters()).device, Portion(indices)
+    device, portion = next(model.parameters()).device, Portion(indices)
+    own = portion.own
     logits: list[Tensor] = []
-    for batch in BatchLoader(data, share.own, batch_size=batch_size).epoch():
+    for batch in BatchLoader(data, own, batch_size=batch_size).epoch():
         logits.append(model(batch.images.to(device)).float())
         if progress:
-            progress(sum(map(len, logits)), len(share.own))
-    return share.gather(torch.cat(logits)).cpu().numpy(), data.images.labels[np.asarray(indices)]
+            progress(sum(map(len, logits)), len(own))
+    return portion.gather(torch.cat(logits)).cpu().numpy(), data.labels[list(indices)].numpy()

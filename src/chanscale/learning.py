@@ -122,7 +122,7 @@ class Learner:
     def _validation_logits(self, model: Classifier) -> tuple[Tensor, Tensor]:
         model.eval()
         logits = [model(self.fabric.to_device(batch.images)) for batch in self.validation.epoch()]
-        labels = torch.from_numpy(self.data.images.labels[np.asarray(self.judging.indices)])
+        labels = self.data.labels[list(self.judging.indices)]
         return self.judging.gather(torch.cat(logits)), self.fabric.to_device(labels)
 
     def _augment(self, images: Tensor, epoch: int, done: int) -> Tensor:

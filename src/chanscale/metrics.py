@@ -1,6 +1,6 @@
 """Figures of merit from probabilities, with bootstrap intervals."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -58,10 +58,20 @@ def mean_auc(probabilities: Floats, labels: Ints) -> float:
     return float(np.mean([area_under_roc(probabilities[:, k], labels == k) for k in range(classes)]))
 
 
+def tell_apart(labels: Ints, k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which images (N,) are known to be of class `k` or not, and of those whether they are.
+
+    `labels`: (N,), all of them known, or (N, K).
+    """
+    if labels.ndim == 1:
+        return np.ones(len(labels), dtype=bool), labels == k
+    known = labels[:, k] != UNKNOWN
+    return known, labels[known, k] == 1
+
+
 def label_auc(probabilities: Floats, labels: Ints, label: int) -> float:
     """Area under the ROC curve of one of several labels (N, K), over images where it is known; nan if all are alike."""
-    known = labels[:, label] != UNKNOWN
-    positive = labels[known, label] == 1
+    known, positive = tell_apart(labels, label)
     if not 0 < positive.sum() < len(positive):
         return float("nan")
     return area_under_roc(probabilities[known, label], positive)
@@ -102,9 +112,9 @@ def metrics_for(classes: int, *, multilabel: bool = False) -> dict[str, Metric]:
     return common | {"sensitivity": sensitivity, "specificity": specificity}
 
 
-def label_metrics(classes: int) -> dict[str, Metric]:
-    """Return the AUC of each of several labels, by its number."""
-    return {str(label): partial(label_auc, label=label) for label in range(classes)}
+def label_metrics(classes: Sequence[str]) -> dict[str, Metric]:
+    """Return the AUC of each of several labels, by its name."""
+    return {name: partial(label_auc, label=label) for label, name in enumerate(classes)}
 
 
 def estimate(

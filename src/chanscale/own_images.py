@@ -22,7 +22,7 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
     options = FitConfig.read(config)
     images = open_images(
         path, group_pattern=options.group_pattern, classes=info.classes, frames=options.frames,
-        label_columns=info.classes if info.multilabel else None,
+        label_columns=info.label_columns,
     )  # fmt: skip
     images = _less_outer_test(images, file.parent)
     groups = read_groups(splits)

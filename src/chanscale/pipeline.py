@@ -290,6 +290,11 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
     )
 
 
+def list_readable(data: Path, config: FitConfig, watcher: Watcher) -> ImageSet:
+    """Return the images that a fit would split; those that it would skip must be known before others are dealt out."""
+    return load_images(data, config, watcher).images if config.skip_bad else open_path(data, config)
+
+
 def _choose_space(images: ImageSet, config: FitConfig) -> VolumeSpace | None:
     """Return how the volumes are to be read; None for pictures. Raises ConfigError."""
     if images.dimensions == 3:
@@ -457,7 +462,12 @@ def describe_training(
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what the figures were measured with."""
+    """Return what the figures were measured with, and the notice that goes with all figures."""
+    return {**describe_resources(), "notice": NOTICE}
+
+
+def describe_resources() -> dict[str, Any]:
+    """Return the memory and threads that this process has had, and the versions of what it runs."""
     return {
         "peak_memory_bytes": _peak_memory(),
         "threads": torch.get_num_threads(),
@@ -466,7 +476,6 @@ def describe_machine() -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "notice": NOTICE,
     }
 
 

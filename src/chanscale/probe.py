@@ -81,12 +81,12 @@ def pooled_features(
     """
     model.eval()
     device = model.head.mean.device
-    share = Portion(indices)
-    features = []
-    for done, batch in enumerate(BatchLoader(data, share.own, batch_size=batch_size).epoch()):
+    portion = Portion(indices)
+    own, features = portion.own, []
+    for done, batch in enumerate(BatchLoader(data, own, batch_size=batch_size).epoch()):
         if progress:
-            progress(done * batch_size, len(share.own))
+            progress(done * batch_size, len(own))
         features.append(model.head.pool(model.feature_map(batch.images.to(device))))
     if progress:
-        progress(len(share.own), len(share.own))
-    return share.gather(torch.cat(features)).cpu(), torch.from_numpy(data.images.labels[np.asarray(indices)])
+        progress(len(own), len(own))
+    return portion.gather(torch.cat(features)).cpu(), data.labels[list(indices)]

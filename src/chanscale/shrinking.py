@@ -72,9 +72,7 @@ class BudgetPenalty:
     @torch.no_grad()
     def shrink(self, scales: GroupScales, pace: Pace) -> float:
         """Soft-threshold every scale, in place; return what that took off the pivot."""
-        importance = self._importance(scales)
-        pivot = self._within(importance, pace.budget)[1]
-        step, factors = pivot / pace.batches_left, self._factors(scales, importance, pivot, pace)
+        importance, step, factors = self._press(scales, pace)
         # Said outright: a weight that is divided by and multiplied with may leave a last bit.
         steps = {
             name: (factors[name] * step).masked_fill((values <= step) & (factors[name] > 0), torch.inf)
@@ -89,9 +87,7 @@ class BudgetPenalty:
 
         It is measured in root mean squares of the data's gradient, which Adam turns into steps of `lr`.
         """
-        importance = self._importance(scales)
-        pivot = self._within(importance, pace.budget)[1]
-        step, factors = pivot / pace.batches_left, self._factors(scales, importance, pivot, pace)
+        _, step, factors = self._press(scales, pace)
         rms = scales.gradient_rms()
         scales.add_to_gradients({name: factor * (rms * step / lr) for name, factor in factors.items()})
         return step
@@ -101,7 +97,7 @@ class BudgetPenalty:
 
         Raises BudgetError when the allowed widths cannot meet it.
         """
-        return self._within(self._importance(scales), budget)
+        return self._within(_importance(scales, self._weigh(scales)), budget)
 
     def allows(self, scales: GroupScales, budget: float) -> bool:
         """Whether the allowed widths can meet `budget`."""
@@ -125,12 +121,23 @@ class BudgetPenalty:
     def _limit(self, budget: float) -> float:
         return (1 - budget) * self.whole.original(self.config.budget_of)
 
+    def _press(self, scales: GroupScales, pace: Pace) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+        """Return the importance of each channel, what to take off the pivot's, and how much more off each scale."""
+        weights = self._weigh(scales)
+        importance = _importance(scales, weights)
+        pivot = self._within(importance, pace.budget)[1]
+        return importance, pivot / pace.batches_left, self._factors(weights, importance, pivot, pace)
+
     def _factors(
-        self, scales: GroupScales, importance: Mapping[str, Tensor], pivot: float, pace: Pace
+        self,
+        weights: Mapping[str, Tensor | float],
+        importance: Mapping[str, Tensor],
+        pivot: float,
+        pace: Pace,
     ) -> dict[str, Tensor]:
         """Return how much more is taken off each scale than off the pivot's importance; shape (width,)."""
         exponent = self.config.concavity * pace.progress
-        held, weights = self._held(importance, pivot), self._weigh(scales)
+        held = self._held(importance, pivot)
         # Twenty times smaller than the pivot is as good as gone; a larger ratio would only overflow.
         return {
             name: ~held[name] * weights[name] * (pivot / values.clamp_min(pivot / 20 + TINY)) ** exponent
@@ -147,10 +154,6 @@ class BudgetPenalty:
             held[name][order[: self.rule.floor(name, len(order))].to(held[name].device)] = True
         return {name: held[name] & (values <= pivot) for name, values in importance.items()}
 
-    def _importance(self, scales: GroupScales) -> dict[str, Tensor]:
-        weights = self._weigh(scales)
-        return {name: norms / weights[name] for name, norms in scales.norms().items()}
-
     def _weigh(self, scales: GroupScales) -> dict[str, Tensor | float]:
         """Return the weight of each group, or of each channel where its scale does not tell what it is worth.
 
@@ -160,6 +163,10 @@ class BudgetPenalty:
         return {
             name: weight / uses[name] if name in uses else weight for name, weight in self._weights.items()
         }
+
+
+def _importance(scales: GroupScales, weights: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    return {name: norms / weights[name] for name, norms in scales.norms().items()}
 
 
 def channel_weights(weigh_by: Weighting, cost: TrunkCost) -> dict[str, float]:

@@ -5,6 +5,7 @@ the selection. Only features and the gradients of what makes them travel. Where 
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,11 @@ def team_size() -> int:
     return dist.get_world_size() if _is_team() else 1
 
 
+def local_size() -> int:
+    """Return how many of them are on this machine, as torchrun says; else, at most, all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", team_size()))
+
+
 def team_rank() -> int:
     """Return the number of this process among them, from 0."""
     return dist.get_rank() if _is_team() else 0
@@ -37,7 +43,12 @@ def team_rank() -> int:
 
 def is_main() -> bool:
     """Whether this is the process that writes and speaks: number 0."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return not is_joined() or dist.get_rank() == 0
+
+
+def is_joined() -> bool:
+    """Whether this process is one of a job of several."""
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
@@ -52,7 +63,7 @@ def _talking() -> Iterator[None]:
 
 
 def _is_team() -> bool:
-    return dist.is_available() and dist.is_initialized() and not _ALONE.get()
+    return is_joined() and not _ALONE.get()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A folder that long work fills over several calls: one process at a time, and always with the same options."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from filelock import FileLock
 
 from chanscale.config import FitConfig, before_it_existed
 from chanscale.errors import ArtifactError, ConfigError, one_line
-from chanscale.files import claiming, read_json
+from chanscale.files import claiming, read_json, write_atomically
+from chanscale.wording import printable
 
 
 def require_own(out: Path, file: str, *, what: str) -> None:
@@ -34,17 +35,18 @@ def sole_worker(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def working_in(out: Path, *, plan: Path, parts: Path, written: Path, what: str) -> Iterator[None]:
+def working_in(out: Path, *, plan: Path, parts: Path, written: Iterable[Path], what: str) -> Iterator[None]:
     """Keep other processes out of `out` and its folder of `parts`, which are made. Raises ArtifactError.
 
-    `plan`: the file that says that a folder is one of `what`. `written`: the folder whose files this work writes.
+    `plan`: the file that says that a folder is one of `what`. `written`: the folders whose files this work writes.
     """
     require_own(out, plan.name, what=what)
     with claiming(out):
         parts.mkdir(parents=True, exist_ok=True)
     with sole_worker(out):
-        for left in written.glob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
+        for folder in written:
+            for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left.unlink()
         yield
 
 
@@ -71,6 +73,12 @@ def require_same_plan(
     require_same_options(out, begun, asked, idle=idle)
     if noted["images"] != wanted["images"]:
         raise ConfigError(f"{out} was begun with other images; use the same, or another --out")
+
+
+def note_failure(path: Path, error: str) -> Path:
+    """Write why a part of the work failed, beside where its file would lie, and return the path."""
+    write_atomically(path, printable(error).rstrip() + "\n")
+    return path
 
 
 def require_same_options(

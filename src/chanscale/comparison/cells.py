@@ -22,7 +22,7 @@ from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.metrics import mean_auc, metrics_for
-from chanscale.pipeline import describe_machine, load_images, open_classifier, open_path, scale_and_select
+from chanscale.pipeline import describe_resources, load_images, open_classifier, open_path, scale_and_select
 from chanscale.progress import Watcher
 
 FORMAT = "chanscale-cell/1"
@@ -220,9 +220,7 @@ def _train_baseline(spec: CellSpec, images: ImageSet, config: FitConfig, watcher
     before = _sizes(classifier, decoded)
     rate = {} if spec.cell.lr is None else {"lr": spec.cell.lr}
     model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher, **rate)
-    machine = describe_machine()
-    machine.pop("notice")
-    return _Trained(model.eval(), before, _sizes(model, decoded), machine)
+    return _Trained(model.eval(), before, _sizes(model, decoded), describe_resources())
 
 
 def _sizes(model: Classifier, images: DecodedImages) -> tuple[int, int]:

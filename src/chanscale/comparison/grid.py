@@ -23,8 +23,7 @@ from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
 from chanscale.errors import ArtifactError
 from chanscale.files import to_json, write_atomically
-from chanscale.wording import printable
-from chanscale.working_folder import read_plan, require_same_plan, working_in
+from chanscale.working_folder import note_failure, read_plan, require_same_plan, working_in
 
 FORMAT = "chanscale-grid/1"
 
@@ -93,7 +92,7 @@ class GridFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
-        with working_in(self.out, plan=self._file, parts=self.cells, written=self.cells, what="a grid"):
+        with working_in(self.out, plan=self._file, parts=self.cells, written=[self.cells], what="a grid"):
             yield
 
     def begin(self, plan: Plan, images: ImageSet) -> FixedPrecision:
@@ -143,9 +142,7 @@ class GridFolder:
 
     def note_failure(self, cell: Cell, error: str) -> Path:
         """Write why a cell failed beside where it would lie, and return the path."""
-        path = cell_path(self.cells, cell, ".error")
-        write_atomically(path, printable(error).rstrip() + "\n")
-        return path
+        return note_failure(cell_path(self.cells, cell, ".error"), error)
 
     def note_success(self, cell: Cell) -> None:
         """Take away the error of an earlier try."""

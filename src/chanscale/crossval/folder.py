@@ -28,7 +28,7 @@ class CrossFolder:
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
         with working_in(
-            self.out, plan=self._plan, parts=self.runs, written=self.out, what="a cross-validation"
+            self.out, plan=self._plan, parts=self.runs, written=[self.out], what="a cross-validation"
         ):
             yield
 

@@ -15,7 +15,7 @@ from chanscale.crossval.plan import CrossPlan, Member, take
 from chanscale.data.sources import ImageSet
 from chanscale.ensemble import RESULT
 from chanscale.files import to_json, write_atomically
-from chanscale.pipeline import describe_machine, load_images, open_path, scale_and_select
+from chanscale.pipeline import describe_machine, list_readable, scale_and_select
 from chanscale.progress import Watcher
 from chanscale.report_page.material import read_metrics
 
@@ -56,7 +56,7 @@ def cross_validate(
     watcher = watcher or Watcher()
     config = (config or FitConfig()).model_copy(update={"backbone": model})
     plan, folder = CrossPlan(folds, repeats, config), CrossFolder(Path(out))
-    images = _open(Path(data), config, watcher)
+    images = list_readable(Path(data), config, watcher)
     splits = plan.keep_out(images)
     learning = take(images, splits.train)
     outer = take(images, splits.test) if splits.test else None
@@ -72,12 +72,6 @@ def cross_validate(
                     on_fold(member, folder.count_done(plan), len(plan.members), metrics)
         left_out, kept_out = ask_members(folder, plan, learning, outer, watcher)
         return _write(folder, plan, left_out, kept_out)
-
-
-def _open(data: Path, config: FitConfig, watcher: Watcher) -> ImageSet:
-    if config.skip_bad:  # which images there are must be known before they are dealt to folds
-        return load_images(data, config, watcher).images
-    return open_path(data, config)
 
 
 def _run(

@@ -1,7 +1,6 @@
 """Decode images once, keep them as 16-bit pixels where memory allows, and hand them out in batches."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from chanscale.data.memory import free_memory
 from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.volumes import VolumeSpace, read_volume, require_extra
 from chanscale.errors import ConfigError, DataError, UnreadableImageError, clip
-from chanscale.team import team_size
+from chanscale.team import local_size
 
 Progress = Callable[[int, int], None]
 Indices = Sequence[int] | NDArray[np.integer]
@@ -42,8 +41,9 @@ class DecodedImages(Dataset[tuple[Tensor, int | Tensor, int]]):
     """The images of a set as float32 in [0, 1], all of one size and one number of channels.
 
     `images` is the set without those that were skipped; indices count in it. `channels` is 3 if any image is
-    RGB (grey ones are then repeated), else 1. `space`: how volumes are read; None for pictures. `cached` says whether
-    pixels are kept; if not, each access decodes, and may raise UnreadableImageError.
+    RGB (grey ones are then repeated), else 1. `labels`: (N,) or (N, K), as of the set. `space`: how volumes are read;
+    None for pictures. `cached` says whether pixels are kept; if not, each access decodes, and may raise
+    UnreadableImageError.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DecodedImages(Dataset[tuple[Tensor, int | Tensor, int]]):
         self.channels = channels
         self.space = space
         self._cache = cache
-        self._labels = torch.from_numpy(images.labels)
+        self.labels = torch.from_numpy(images.labels)
 
     @property
     def cached(self) -> bool:
@@ -72,14 +72,14 @@ class DecodedImages(Dataset[tuple[Tensor, int | Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor, int]:
         images, labels = self.batch([index])
-        return images[0], labels[0] if self.images.is_multilabel else int(labels[0]), index
+        return images[0], labels[0] if labels.dim() > 1 else int(labels[0]), index
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Return images (N, C, S, S), or volumes (N, C, S, S, S), in [0, 1], and labels (N,) or (N, K)."""
         rows = np.asarray(indices, dtype=np.intp)
         pixels = np.stack([self._decode(i) for i in rows]) if self._cache is None else self._cache[rows]
         # Divided, not multiplied by the inverse: so that an 8-bit v is exactly v / 255.
-        return torch.from_numpy(pixels.astype(np.float32)).div_(FULL_RANGE), self._labels[
+        return torch.from_numpy(pixels.astype(np.float32)).div_(FULL_RANGE), self.labels[
             torch.from_numpy(rows)
         ]
 
@@ -196,8 +196,7 @@ def _find_cache_bytes(wanted: int | None) -> int:
     if wanted is not None:
         return wanted
     # Of several processes on a machine, each holds all images.
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", team_size()))
-    return int(_SHARE_OF_FREE_MEMORY * free_memory() / together)
+    return int(_SHARE_OF_FREE_MEMORY * free_memory() / local_size())
 
 
 def _decode_all(

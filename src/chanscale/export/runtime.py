@@ -27,9 +27,8 @@ def open_session(graph: bytes | Path, *, threads: int = 0) -> Any:
     options.log_severity_level = 3  # errors alone: what is wrong is raised
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     model = str(graph) if isinstance(graph, Path) else graph
-    with denormals_flushed(
-        flushes_denormals()
-    ):  # the entry is meant for the session's threads, and sets this one too
+    # The entry is meant for the session's threads, and sets this one too.
+    with denormals_flushed(flushes_denormals()):
         return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -16,10 +16,10 @@ from markupsafe import Markup
 
 from chanscale.calibration import judge_calibration
 from chanscale.classifier import Classifier
-from chanscale.data.label_columns import UNKNOWN
 from chanscale.decision_rules import judge_rules, temper
 from chanscale.evaluation import Evaluation
 from chanscale.files import write_atomically
+from chanscale.metrics import tell_apart
 from chanscale.report_page import card, curves, plots
 from chanscale.report_page.channel_map import COLUMNS, MOST_CELLS, map_channels
 from chanscale.report_page.contributions import find_channels
@@ -176,8 +176,7 @@ def _find_rocs(material: Material, judged: Evaluation) -> dict[str, curves.Roc]:
     chosen = [1] if material.is_binary else [*range(len(classes))][:MOST_CURVES]
     found = {}
     for k in chosen:
-        known = labels[:, k] != UNKNOWN if material.info.multilabel else np.ones(len(labels), dtype=bool)
-        positive = labels[known, k] == 1 if material.info.multilabel else labels == k
+        known, positive = tell_apart(labels, k)
         if 0 < positive.sum() < len(positive):
             found[classes[k]] = curves.find_roc(
                 judged.probabilities[known, k], positive, material.groups[known]

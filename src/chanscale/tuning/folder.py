@@ -13,10 +13,11 @@ from chanscale.devices import find_precision
 from chanscale.files import to_json, write_atomically
 from chanscale.tuning.space import BUDGET
 from chanscale.tuning.trials import Result, read_trial, trial_path
-from chanscale.wording import printable
-from chanscale.working_folder import read_plan, require_same_plan, working_in
+from chanscale.working_folder import note_failure, read_plan, require_same_plan, working_in
 
 FORMAT = "chanscale-search/1"
+FRONT = "front"
+"""Where the configurations of the front lie."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ class SearchFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
-        with working_in(self.out, plan=self._plan, parts=self.trials, written=self.trials, what="a search"):
-            for left in self.out.rglob(".*.tmp"):  # of a process that was killed while it wrote
-                left.unlink()
+        written = (self.out, self.trials, self.out / FRONT)
+        with working_in(self.out, plan=self._plan, parts=self.trials, written=written, what="a search"):
             yield
 
     def begin(self, plan: SearchPlan, images: ImageSet) -> FixedPrecision:
@@ -83,9 +83,7 @@ class SearchFolder:
 
     def note_failure(self, number: int, error: str) -> Path:
         """Write why a trial was lost beside where it would lie, and return the path."""
-        path = trial_path(self.trials, number, ".error")
-        write_atomically(path, printable(error).rstrip() + "\n")
-        return path
+        return note_failure(trial_path(self.trials, number, ".error"), error)
 
     def note_success(self, number: int) -> None:
         """Take away the error of an earlier try."""

@@ -11,13 +11,13 @@ from chanscale.data.splits import Splits
 from chanscale.errors import TrainingError
 from chanscale.files import to_json, write_atomically
 from chanscale.pipeline import describe_machine
-from chanscale.tuning.folder import SearchFolder, SearchPlan
+from chanscale.tuning.folder import FRONT, SearchFolder, SearchPlan
 from chanscale.tuning.front import choose, find_front
 from chanscale.tuning.space import SPACE
 from chanscale.tuning.trials import COMPLETE, FAILED, STOPPED, Result
 
 FORMAT = "chanscale-tuning/1"
-RESULT, BEST, FRONT, PLOT = "tuning.json", "best.yaml", "front", "pareto.png"
+RESULT, BEST, PLOT = "tuning.json", "best.yaml", "pareto.png"
 MACHINE = ("format", "digest", "peak_memory_bytes", "threads", "versions")
 """What stands in the file of a trial, and is not told again."""
 

@@ -14,7 +14,7 @@ from chanscale.comparison.processes import run_cells
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.errors import ArtifactError, ConfigError, TrainingError
-from chanscale.pipeline import load_images, open_path
+from chanscale.pipeline import list_readable
 from chanscale.progress import Watcher
 from chanscale.tuning.folder import SearchFolder, SearchPlan
 from chanscale.tuning.results import Tuning, write_tuning
@@ -71,13 +71,13 @@ def tune(
     config = (config or FitConfig()).model_copy(update={"backbone": model})
     _require_sense(trials, within)
     plan = SearchPlan(config, choose_options(config, search))
-    images, skipped = _open(Path(data), config)
+    images = list_readable(Path(data), config, Watcher())
     splits = split_search(images, config)
     folder = SearchFolder(Path(out))
     opening = place.opening(folder.trials, device=config.device, tell=_log.warning, program=TRIAL_PROGRAM)
     with opening as runner, folder.working():
         precision = folder.begin(plan, images)
-        work = _Search(Path(data), images, skipped, plan, folder, precision, trials)
+        work = _Search(Path(data), images, plan, folder, precision, trials)
         with closing(run_cells(work.specs(), runner.run, jobs=jobs, stop=runner.stop)) as ended:
             for spec, error in ended:
                 end = work.settle(spec.number, error)
@@ -90,11 +90,11 @@ class _Search:
     """The trials of a search in their order: which are still to be run, and what is noted when one has ended."""
 
     def __init__(
-        self, data: Path, images: ImageSet, skipped: tuple[str, ...], plan: SearchPlan, folder: SearchFolder,
-        precision: FixedPrecision, total: int,
+        self, data: Path, images: ImageSet, plan: SearchPlan, folder: SearchFolder, precision: FixedPrecision,
+        total: int,
     ) -> None:  # fmt: skip
         self.plan, self.folder, self.total = plan, folder, total
-        self._data, self._listed, self._skipped = data.absolute(), digest_images(images), skipped
+        self._data, self._listed, self._skipped = data.absolute(), digest_images(images), images.skipped
         self._shared = plan.config.model_copy(update={"precision": precision})
         self._trials = Trials(
             folder.journal, plan.searched, first=to_params(plan.config, plan.searched), of=plan.of,
@@ -148,14 +148,6 @@ class _Search:
             for result in self.folder.results()
             if result["number"] < number and result["state"] != FAILED
         )
-
-
-def _open(data: Path, config: FitConfig) -> tuple[ImageSet, tuple[str, ...]]:
-    """Return the images that a fit would split, and the names of those that it would skip."""
-    if not config.skip_bad:
-        return open_path(data, config), ()
-    images = load_images(data, config, Watcher()).images
-    return images, images.skipped
 
 
 def _require_sense(trials: int, within: float) -> None:

@@ -14,7 +14,7 @@ from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
 from chanscale.errors import BudgetError, DataError, InexactRemovalError, TrainingError, one_line
 from chanscale.files import read_json, to_json, write_atomically
-from chanscale.pipeline import describe_machine, open_path, scale_and_select
+from chanscale.pipeline import describe_resources, open_path, scale_and_select
 from chanscale.tuning.stopping import Rival, Stopped, TrialWatcher
 
 FORMAT = "chanscale-trial/1"
@@ -102,7 +102,7 @@ def run_trial(spec: TrialSpec) -> Result:
         "format": FORMAT, "digest": spec.digest, "number": spec.number,
         "options": {name: getattr(spec.config, name) for name in spec.searched},
         **outcome, "aucs": watcher.aucs, "epochs": watcher.row.get("epoch", -1) + 1, "seconds": seconds,
-        **_machine(),
+        **describe_resources(),
     }  # fmt: skip
 
 
@@ -143,12 +143,6 @@ def _describe_run(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {of: {"kept": row[of], "removed": row[f"{of}_removed"]} for of in ("parameters", "macs")}
-
-
-def _machine() -> dict[str, Any]:
-    machine = describe_machine()
-    machine.pop("notice")
-    return machine
 
 
 def _is_told(result: Result) -> bool:
