@@ -332,6 +332,14 @@ def test_a_figure_that_is_not_defined_is_left_empty():
     assert "validation images at most" not in text
 
 
+def test_processor_seconds_stand_beside_seconds_where_a_cell_has_them():
+    cells = [make_result(Cell("head", None, fold, 0)) for fold in range(2)]
+    assert [row.to_cells()[-3:] for row in make_rows(cells, ["head"])] == [("3", "", "1.00")]
+    cells[0]["processor_seconds"] = 2.4
+    assert [row.to_cells()[-3:] for row in make_rows(cells, ["head"])] == [("3", "2", "1.00")]
+    assert "processor_seconds" in to_csv(cells).splitlines()[0]
+
+
 # --- tries
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Self
 
 from chanscale.baselines import BASELINES
@@ -125,7 +125,8 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     """Train one method on one training set, judge it on its test images, and return what came of it.
 
     The method is not given the test images. `lr`: the learning rate it had, if it has one. `seconds`: from files to a
-    trained classifier. Raises ChanscaleError.
+    trained classifier; `processor_seconds`: those that the process computed meanwhile, on all its threads together,
+    which other work on the machine changes little. Raises ChanscaleError.
     """
     watcher = watcher or Watcher()
     images = open_path(spec.data, spec.config)
@@ -133,10 +134,10 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         raise DataError(f"the images of {spec.data} have changed since the grid was begun; use another --out")
     learning, test = learning_and_test(images, split_spec(images, spec))
     config = configure_learning(spec.config)
-    began = perf_counter()
+    began, computed = perf_counter(), process_time()
     train = _train_ours if is_ours(spec.cell.method) else _train_baseline
     trained = train(spec, learning, config, watcher)
-    seconds = round(perf_counter() - began, 2)
+    spent = {"seconds": perf_counter() - began, "processor_seconds": process_time() - computed}
     seen, unseen = load_images(learning, config, watcher), load_images(test, config, watcher)
     return {
         "format": FORMAT, "digest": spec.digest, "cell": asdict(spec.cell), "classes": list(images.classes),
@@ -145,7 +146,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "parameters": _describe_change(trained.trunk[0], trained.kept[0]),
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
-        "seconds": seconds, **trained.machine,
+        **{name: round(seconds, 2) for name, seconds in spent.items()}, **trained.machine,
     }  # fmt: skip
 
 

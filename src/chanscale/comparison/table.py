@@ -18,7 +18,7 @@ from chanscale.wording import percent, shorten
 Result = Mapping[str, Any]
 COLUMNS = (
     "method", "images", "cells", "tries", "test AUC", "ours less it", "accuracy", "parameters kept", "removed",
-    "MACs", "seconds", "peak GiB",
+    "MACs", "seconds", "processor s", "peak GiB",
 )  # fmt: skip
 
 
@@ -49,15 +49,16 @@ class Row:
             _describe(self.auc), "" if self.difference is None else _describe(self.difference, "+.3f"),
             f"{self.mean('accuracy'):.3f}", shorten(self.mean("parameters", "kept")),
             percent(self.mean("parameters", "removed")), shorten(self.mean("macs", "kept")),
-            f"{self.mean('seconds'):.0f}", f"{self.mean('peak_memory_bytes') / 2**30:.2f}",
+            *(_whole(self.mean(name)) for name in ("seconds", "processor_seconds")),
+            f"{self.mean('peak_memory_bytes') / 2**30:.2f}",
         )  # fmt: skip
 
 
 def find(result: Result, *path: str) -> float:
-    """Return a figure of a cell; nan where it was not defined."""
+    """Return a figure of a cell; nan where it was not defined, or not yet recorded."""
     value: Any = result
     for name in path:
-        value = value[name]
+        value = value.get(name)
     return math.nan if value is None else float(value)
 
 
@@ -102,7 +103,8 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
         "which makes it somewhat narrow.",
         "Tries: cells that differ in the learning rate alone; of these, the one with the best validation AUC counts. "
         "1-3: some have fewer.",
-        "Seconds: of the chosen training, from files to a trained classifier.",
+        "Seconds: of the chosen training, from files to a trained classifier; processor s: those computed meanwhile, "
+        "on all threads together.",
     ]
     if reference and len({row.method for row in rows}) > 1:
         notes.insert(
@@ -169,6 +171,10 @@ def _pair(ours: Result, other: Result) -> tuple[Scores, Scores]:
             "other test images; remove both, and run them again"
         )
     return pair
+
+
+def _whole(number: float) -> str:
+    return "" if math.isnan(number) else f"{number:.0f}"
 
 
 def _describe(figure: Estimate, form: str = ".3f") -> str:
