@@ -20,7 +20,6 @@ class Choice(_Facts):
 
     precision: FixedPrecision
     channels_last: bool = True
-    compiled: bool = False
     threads: int | None = Field(None, ge=1)
     workers: int = Field(WORKERS, ge=0)
 
@@ -29,7 +28,7 @@ class Choice(_Facts):
         """What it is, for a line: `2 threads, channels_last, fp32`."""
         threads = [] if self.threads is None else [f"{self.threads} thread{'s' * (self.threads > 1)}"]
         layout = "channels_last" if self.channels_last else "contiguous"
-        return ", ".join([*threads, layout, _PRECISIONS[self.precision], *["compiled"] * self.compiled])
+        return ", ".join([*threads, layout, _PRECISIONS[self.precision]])
 
 
 class Measurement(_Facts):
@@ -45,7 +44,7 @@ class Calibration(_Facts):
     """What was chosen, and why: from what was `measured`, in its order, or for a `reason`.
 
     `rate`, `plain`: images a second of a training step as chosen, and with PyTorch's defaults (contiguous, fp32, all
-    threads, not compiled), in turns; None where that was not measured.
+    threads), in turns; None where that was not measured.
     """
 
     chosen: Choice

@@ -92,8 +92,8 @@ def calibrate(
 
 
 def plain_of(start: Choice) -> Choice:
-    """Return PyTorch's defaults: contiguous, fp32, as many threads as it takes, not compiled."""
-    return start.model_copy(update={"precision": "32-true", "channels_last": False, "compiled": False})
+    """Return PyTorch's defaults: contiguous, fp32, as many threads as it takes."""
+    return start.model_copy(update={"precision": "32-true", "channels_last": False})
 
 
 def _compare(
