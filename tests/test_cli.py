@@ -38,7 +38,7 @@ from test_report import metrics
 OPTIONS = [
     "--backbone=tiny", "--image-size=32", "--budget=0.5", "--round-to=1", "--scale-epochs=2",
     "--refine-epochs=1", "--precision=32-true", "--group-pattern=^(\\d+)_", "--batch-size=8",
-    "--micro-batch=8", "--workers=0",
+    "--micro-batch=8", "--workers=0", "--speed=off",
 ]  # fmt: skip
 HEAVY = ("torch", "imagecodecs", "sklearn", "matplotlib", "lightning_fabric", "scipy")
 

@@ -246,13 +246,17 @@ class Listener(Watcher):
 
 
 def fit_tiny(out=None, watcher=None, resume=False, images=IMAGES.images, **options):
-    config = tiny_config(**{"workers": None, "round_to": 1, "scale_epochs": 1, "refine_epochs": 1, **options})
+    config = tiny_config(
+        **{"workers": None, "round_to": 1, "scale_epochs": 1, "refine_epochs": 1, "speed": "auto", **options}
+    )
     return scale_and_select(NAME, images, config=config, out=out, watcher=watcher, resume=resume)
 
 
 def settle(**options):
     watcher = Listener()
-    return settle_speed(tiny_classifier(), IMAGES, SPLITS, tiny_config(**options), watcher)
+    return settle_speed(
+        tiny_classifier(), IMAGES, SPLITS, tiny_config(**{"speed": "auto", **options}), watcher
+    )
 
 
 def test_a_short_training_stays_at_the_defaults_and_leaves_no_note(tmp_path):
@@ -337,7 +341,7 @@ def test_no_more_threads_are_taken_than_there_were():
     torch.set_num_threads(2)
     adopt(Choice(precision="32-true", threads=64), tiny_config())
     assert torch.get_num_threads() == 2
-    knobs = settling._knobs(START, FitConfig(), {"gpu": None})
+    knobs = settling.list_knobs(START, FitConfig(), {"gpu": None})
     assert knobs["threads"] == [1]
 
 
@@ -348,9 +352,9 @@ def test_off_and_what_is_given_win(trying):
     assert adopt(chosen, FitConfig(workers=3)).workers == 3
     assert adopt(chosen, FitConfig()).workers == chosen.workers
     bf16 = Choice(precision="bf16-mixed")
-    assert "precision" not in settling._knobs(bf16, FitConfig(precision="bf16-mixed"), {"gpu": None})
-    assert settling._knobs(bf16, FitConfig(), {"gpu": None})["precision"] == ["32-true"]
-    assert settling._knobs(bf16, FitConfig(), {"gpu": "one"}) == {"channels_last": [False]}
+    assert "precision" not in settling.list_knobs(bf16, FitConfig(precision="bf16-mixed"), {"gpu": None})
+    assert settling.list_knobs(bf16, FitConfig(), {"gpu": None})["precision"] == ["32-true"]
+    assert settling.list_knobs(bf16, FitConfig(), {"gpu": "one"}) == {"channels_last": [False]}
 
 
 class Slow(DecodedImages):
@@ -371,7 +375,7 @@ def draws(monkeypatch):
         slow = Slow(IMAGES.images, image_size=32, channels=1)
         config = tiny_config(**{"workers": None, **options})
         found = Calibration(chosen=START, rate=rate, plain=rate)
-        return settling._choose_workers(found, slow, SPLITS, config, limit=1e6)
+        return settling.choose_workers(found, slow, SPLITS, config, limit=1e6)
 
     return choose
 
@@ -385,7 +389,7 @@ def test_workers_are_as_many_as_training_waits_for(draws):
 
 def test_workers_of_images_in_memory_are_left_alone():
     found = Calibration(chosen=START, rate=1.0, plain=1.0)
-    assert settling._choose_workers(found, IMAGES, SPLITS, tiny_config(workers=None), limit=1e6) == found
+    assert settling.choose_workers(found, IMAGES, SPLITS, tiny_config(workers=None), limit=1e6) == found
 
 
 def test_a_draw_decodes_other_images_each_time():

@@ -221,7 +221,7 @@ class FitConfig(BaseModel):
         "auto",
         description="auto: where training takes minutes, find out in its first seconds what this machine computes "
         "fastest, and keep to that: precision, memory layout, threads, workers; what is given stays. off: the "
-        "defaults, which all fits of a comparison, a cross-validation and a search have.",
+        "defaults, which cells of a comparison, folds and trials of a search always have.",
     )
     devices: int = Field(
         1,

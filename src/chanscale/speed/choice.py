@@ -5,14 +5,12 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from chanscale.config import WORKERS, FixedPrecision
-from chanscale.files import to_json
 
 _PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16"}
 
 
 class _Facts(BaseModel):
-    # Strict: a file is read back as it was written, or not at all.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Choice(_Facts):
@@ -75,9 +73,8 @@ class Calibration(_Facts):
         """Return what `to_dict` told. Raises ValueError for anything else."""
         if not isinstance(values, dict):
             raise ValueError("it must be an object")
-        # As JSON, in which a tuple is a list and strictness is that of JSON.
         facts = {name: value for name, value in values.items() if name != "gain"}
-        return cls.model_validate_json(to_json(facts))
+        return cls.model_validate(facts)
 
 
 def _three_digits(rate: float) -> str:

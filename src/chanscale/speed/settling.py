@@ -99,10 +99,10 @@ def _find(
         watcher.on_step("trying what is fast", 0, 1)
         limit = min(MOST, SHARE * seconds)
         found = calibrate(
-            step.time, start.model_copy(update={"threads": torch.get_num_threads()}), _knobs(start, config, facts),
+            step.time, start.model_copy(update={"threads": torch.get_num_threads()}), list_knobs(start, config, facts),
             images=step.images, typical=typical, limit=limit,
         )  # fmt: skip
-        found = _choose_workers(found, data, splits, config, limit=limit)
+        found = choose_workers(found, data, splits, config, limit=limit)
         watcher.on_step("trying what is fast", 1, 1)
     found = agree(found)
     if is_main() and seconds >= FLEETING:
@@ -139,7 +139,7 @@ def _count_images(splits: Splits, config: FitConfig) -> int:
     return epochs * len(splits.train) * count_repeats(len(splits.train), config.batch_size)
 
 
-def _knobs(start: Choice, config: FitConfig, facts: Mapping[str, Any]) -> Knobs:
+def list_knobs(start: Choice, config: FitConfig, facts: Mapping[str, Any]) -> Knobs:
     """Return what is tried, in this order; without what is given."""
     knobs: dict[str, list[bool | int | str]] = {}
     if facts["gpu"] is None:
@@ -155,7 +155,7 @@ def _halve(threads: int) -> list[bool | int | str]:
     return [threads >> power for power in range(1, threads.bit_length())]
 
 
-def _choose_workers(
+def choose_workers(
     found: Calibration, data: DecodedImages, splits: Splits, config: FitConfig, *, limit: float
 ) -> Calibration:
     """Return `found` with more workers, if images are decoded anew each time, and training would wait for them."""
