@@ -38,7 +38,7 @@ from test_report import metrics
 OPTIONS = [
     "--backbone=tiny", "--image-size=32", "--budget=0.5", "--round-to=1", "--scale-epochs=2",
     "--refine-epochs=1", "--precision=32-true", "--group-pattern=^(\\d+)_", "--batch-size=8",
-    "--micro-batch=8", "--workers=0",
+    "--micro-batch=8", "--workers=0", "--speed=off",
 ]  # fmt: skip
 HEAVY = ("torch", "imagecodecs", "sklearn", "matplotlib", "lightning_fabric", "scipy")
 
@@ -198,7 +198,8 @@ def other_value(name):
         "tolerance": 0.01, "budget_of": "macs", "penalty": "gradient", "weigh_by": "macs",
         "precision": "32-true", "device": "cpu", "backbone": "other", "micro_batch": 4,
         "threshold": 0.05, "depth": "full", "sensitivity": 0.9, "coverage": 0.9, "frames": "all",
-        "label_columns": "mass,effusion", "spacing": 1.5, "window": (-1000.0, 400.0),
+        "label_columns": "mass,effusion", "spacing": 1.5, "window": (-1000.0, 400.0), "workers": 3,
+        "speed": "off",
     }  # fmt: skip
     if name in special:
         return special[name]

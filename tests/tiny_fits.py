@@ -42,5 +42,6 @@ def tiny_config(**options) -> FitConfig:
     defaults = {
         "image_size": 32, "budget": 0.7, "scale_epochs": 2, "refine_epochs": 2, "round_to": 4,
         "batch_size": 8, "micro_batch": 4, "workers": 0, "precision": "32-true", "device": "cpu", "depth": "full",
+        "speed": "off",  # whatever else the machine does meanwhile
     }  # fmt: skip
     return FitConfig(**{**defaults, **options})

@@ -71,6 +71,17 @@ def to_channels_last(model: Classifier) -> Classifier:
     return model
 
 
+def lay_out(model: Classifier, *, channels_last: bool) -> Classifier:
+    """Lay the weights of `model` out, in place, in either format; return it."""
+    if channels_last:
+        return to_channels_last(model)
+    for parameter in model.parameters():
+        # Copied into a tensor made for it: `contiguous` leaves the strides of a 1 x 1 kernel, by which kernels choose.
+        plain = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+        parameter.data = plain.copy_(parameter.data)
+    return model
+
+
 def assemble(
     preprocessing: nn.Module,
     trunk: nn.Module,

@@ -19,12 +19,16 @@ Weighting = Literal["uniform", "parameters", "macs"]
 FixedPrecision = Literal["32-true", "bf16-mixed"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Frames = Literal["first", "all"]
+Speed = Literal["auto", "off"]
 
 
 _MOST_TOLD = 5
 """Faults that are told of one configuration."""
 
-BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False}
+WORKERS = 2
+"""Threads that decode images, where nothing else is said or found."""
+
+BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False, "speed": "off"}
 """What an option came to before there was such an option, where that was not its default."""
 
 
@@ -80,7 +84,9 @@ class FitConfig(BaseModel):
     augment: bool = Field(
         True, description="Rotate, shift, zoom, mirror and change the contrast of training images."
     )
-    workers: int = Field(2, ge=0, description="Threads that decode images.")
+    workers: int | None = Field(
+        None, ge=0, description="Threads that decode images; default: 2, or as many as `speed` finds."
+    )
     cache_gib: float | None = Field(
         None,
         ge=0,
@@ -211,6 +217,12 @@ class FitConfig(BaseModel):
     )
     precision: Precision = Field("auto", description="bf16-mixed where the processor has it, else fp32.")
     device: str = Field("auto", description="auto, cpu, cuda or mps.")
+    speed: Speed = Field(
+        "auto",
+        description="auto: where training takes minutes, find out in its first seconds what this machine computes "
+        "fastest, and keep to that: precision, memory layout, threads, workers; what is given stays. off: the "
+        "defaults, which cells of a comparison, folds and trials of a search always have.",
+    )
     devices: int = Field(
         1,
         ge=1,
@@ -229,6 +241,11 @@ class FitConfig(BaseModel):
         if self.threshold is not None:
             return self.threshold
         return 0.0 if self.penalty == "proximal" else 0.01
+
+    @property
+    def decoders(self) -> int:
+        """The threads that decode images, or their default."""
+        return WORKERS if self.workers is None else self.workers
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -298,6 +315,8 @@ class _Loader(yaml.SafeLoader):
 
 DECODING = frozenset({"workers", "cache_gib"})
 """Options that change nothing but the time and the memory that decoding takes."""
+TIMING = DECODING | {"speed"}
+"""Options that fits which are compared may differ in, and that a resumed run may change: what it computes stays."""
 READING = frozenset({"calibrate", "sensitivity", "coverage"})
 """Options that say how probabilities are read, when training is over."""
 

@@ -69,6 +69,10 @@ class RichWatcher(Watcher):
         status = f"{shorten(done)}/{shorten(total)}"
         self._bars.update(self._step[1], completed=done, total=total, status=status)
 
+    def on_finding(self, finding: str) -> None:
+        """Write it above the bars."""
+        self._bars.console.print(finding, markup=False, soft_wrap=True)
+
     def on_batch(self, moment: Moment, done: int, total: int, loss: float) -> None:
         """Move the bar over all epochs, and show the mean loss of this one."""
         self._losses = [loss] if done == 1 else [*self._losses, loss]
@@ -123,6 +127,10 @@ class LineWatcher(Watcher):
         if self._step is None or self._step[0] != what or done < self._step[1]:
             self._say(f"{what} ({shorten(total)})")
         self._step = what, done
+
+    def on_finding(self, finding: str) -> None:
+        """Write it."""
+        self._say(finding)
 
     def on_epoch(self, moment: Moment, row: dict[str, Any]) -> None:
         """Say what the epoch came to."""

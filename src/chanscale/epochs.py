@@ -4,6 +4,7 @@ import copy
 from time import perf_counter
 from typing import Any
 
+from chanscale.classifier import lay_out
 from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
@@ -24,14 +25,15 @@ class EpochRunner(Learner):
     """Runs epochs of a `TrainingState`, in place; holds what stays the same from one to the next.
 
     `anchored`: the scales of a group are stretched after every shrinkage, so that its largest stay at 1.
+    `channels_last`: the layout of the weights.
     """
 
     def __init__(
         self, data: DecodedImages, splits: Splits, penalty: BudgetPenalty, config: FitConfig, watcher: Watcher,
-        *, anchored: bool = False,
+        *, anchored: bool = False, channels_last: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(data, splits, config, watcher)
-        self.penalty, self.anchored = penalty, anchored
+        self.penalty, self.anchored, self.channels_last = penalty, anchored, channels_last
 
     def run(self, state: TrainingState, moment: Moment) -> None:
         """Run the epoch `moment` and add its row to the history."""
@@ -121,7 +123,7 @@ class EpochRunner(Learner):
     def _apply(self, state: TrainingState, selection: ChannelSelection) -> float:
         example = self.fabric.to_device(self.example)
         removal = remove_channels(state.model, state.optimizer, state.kept, selection, example=example)
-        state.model, state.kept = removal.model, removal.kept
+        state.model, state.kept = lay_out(removal.model, channels_last=self.channels_last), removal.kept
         require_same([*state.kept.values(), *scale_parameters(state.model).values()], "channels and scales")
         state.optimizer = make_optimizer(state.model, self.config)
         removal.restore(state.optimizer)

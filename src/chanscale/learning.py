@@ -33,14 +33,14 @@ class Learner:
     def __init__(self, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher) -> None:
         self.data, self.config, self.watcher = data, config, watcher
         self.fabric = make_fabric(config)
-        repeats = max(1, round(FULL_EPOCH * config.batch_size / len(splits.train)))
+        repeats = count_repeats(len(splits.train), config.batch_size)
         self.train = BatchLoader(
             data, np.tile(splits.train, repeats), batch_size=config.batch_size, shuffle=True, seed=config.seed,
-            workers=config.workers,
+            workers=config.decoders,
         )  # fmt: skip
         self.judging = Portion(splits.validation)
         self.validation = BatchLoader(
-            data, self.judging.own, batch_size=config.micro_batch, workers=config.workers
+            data, self.judging.own, batch_size=config.micro_batch, workers=config.decoders
         )
         self.sample = splits.train[:: -(-len(splits.train) // SAMPLE)]
         self.example = data.batch(splits.validation[:2])[0]
@@ -131,6 +131,11 @@ class Learner:
         # Seeded by the place in the run: a resumed run draws what an undisturbed one would have.
         seed = np.random.SeedSequence((self.config.seed, epoch, done)).generate_state(1)[0]
         return augment(images, generator=torch.Generator().manual_seed(int(seed)))
+
+
+def count_repeats(images: int, batch_size: int) -> int:
+    """Return how often an epoch takes each of the training images."""
+    return max(1, round(FULL_EPOCH * batch_size / images))
 
 
 def fit_intercept(logits: Tensor, labels: Tensor) -> Tensor:

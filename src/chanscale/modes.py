@@ -27,6 +27,16 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def threads_given_back() -> Iterator[None]:
+    """Let PyTorch take as many threads as before again afterwards, whatever was set meanwhile."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Take the hooks of these `handles` off again afterwards."""
     handles = list(handles)

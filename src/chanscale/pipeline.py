@@ -28,18 +28,20 @@ from chanscale.data.splits import Splits, split_images
 from chanscale.data.volumes import VolumeSpace
 from chanscale.decision_rules import require_support, settle_rules
 from chanscale.depth import Depth, choose_depth, end_trunk
-from chanscale.devices import find_precision, join_team, on_device
+from chanscale.devices import join_team, on_device
 from chanscale.errors import ChanscaleError, ConfigError, LostProcessError, WeightsError
 from chanscale.evaluation import Evaluation, evaluate
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
 from chanscale.leaks.search import leaks_of_fit
+from chanscale.modes import threads_given_back
 from chanscale.originals import Original, open_original
 from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 from chanscale.report_page.material import Material
 from chanscale.runs import FollowedFolder, RunFolder
+from chanscale.speed.settling import adopt, recall_speed, settle_speed
 from chanscale.state import Best, TrainingState
 from chanscale.team import agree, alone, is_main, wait_for_all
 from chanscale.training import fit, start
@@ -90,7 +92,8 @@ def scale_and_select(
         folder, watcher = folder and FollowedFolder(folder.out, config), Watcher()
         logging.getLogger("chanscale").setLevel(logging.ERROR)  # the first process warns for all
     try:
-        return _run(model, preprocessing, data, config, folder, watcher)
+        with threads_given_back():
+            return _run(model, preprocessing, data, config, folder, watcher)
     except LostProcessError:
         raise
     except ChanscaleError:
@@ -138,9 +141,15 @@ def _run(
     info = describe_model(original, classifier, images, depth)
     state, notes = _load(folder, classifier)
     _require_same_original(original, notes)
-    # Measured once, so that both halves of an interrupted run compute alike.
-    precision = agree(notes.get("precision") or find_precision(config))
-    config = config.model_copy(update={"precision": precision})
+    # Found once, so that both halves of an interrupted run compute alike.
+    speed = (
+        settle_speed(classifier, images, splits, config, watcher)
+        if state is None
+        else agree(recall_speed(notes, config))
+    )
+    config = adopt(speed.chosen, config)
+    if speed.measured:
+        watcher.on_finding(speed.describe())
     if state is None:
         state = start(classifier, images, splits, config)
         # With all scales at 1 and a linear head, what training starts from is the frozen network, as deep as it goes.
@@ -149,7 +158,8 @@ def _run(
             if classifier is whole
             else judge_head(whole, images, splits, config, watcher),
             "seconds": 0.0,
-            "precision": precision,
+            "precision": speed.chosen.precision,
+            "speed": speed.to_dict(),
             "original": _identify(original),
         }
     earlier = notes["seconds"]
@@ -158,7 +168,10 @@ def _run(
         if folder:
             folder.save(state, notes | {"seconds": earlier + perf_counter() - began})
 
-    best = fit(classifier, images, splits, config, state=state, watcher=watcher, save=save)
+    best = fit(
+        classifier, images, splits, config, state=state, watcher=watcher, save=save,
+        channels_last=speed.chosen.channels_last,
+    )  # fmt: skip
     if config.fold_grey:
         best = replace(best, model=fold_grey(best.model, images.batch(splits.validation[:2])[0]))
     calibrated, rules = settle_rules(
@@ -179,7 +192,8 @@ def _run(
         "leaks": leaks,
         "widths": widths(whole),
         "seconds": round(earlier + perf_counter() - began, 1),
-        "precision": precision,
+        "precision": speed.chosen.precision,
+        "speed": speed.to_dict(),
         **describe_machine(),
     }
     if folder:
@@ -283,7 +297,7 @@ def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher
         images,
         image_size=config.image_size,
         space=_choose_space(images, config),
-        workers=config.workers,
+        workers=config.decoders,
         cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
         skip_bad=config.skip_bad,
         progress=partial(watcher.on_step, "decoding images"),

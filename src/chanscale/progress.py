@@ -11,6 +11,9 @@ class Watcher:
     def on_step(self, what: str, done: int, total: int) -> None:
         """Hear that `done` of `total` units of some work, such as `decoding images`, are done."""
 
+    def on_finding(self, finding: str) -> None:
+        """Hear what was found out, in a line, such as how this machine trains fastest."""
+
     def on_batch(self, moment: Moment, done: int, total: int, loss: float) -> None:
         """Hear of a batch: `done` of `total` in this epoch, and its loss."""
 

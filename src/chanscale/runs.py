@@ -12,7 +12,7 @@ from filelock import FileLock
 from chanscale.artifact import ModelInfo, load_model, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
-from chanscale.config import FitConfig
+from chanscale.config import TIMING, FitConfig
 from chanscale.data.loading import Progress
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
@@ -199,7 +199,9 @@ class RunFolder:
             return  # killed before the configuration was written, which comes first
         begun = FitConfig.read(self.partial / "config.yaml")
         changed = [
-            name for name in FitConfig.model_fields if getattr(begun, name) != getattr(self.config, name)
+            name
+            for name in FitConfig.model_fields
+            if name not in TIMING and getattr(begun, name) != getattr(self.config, name)
         ]
         if changed:
             name = changed[0]

@@ -38,10 +38,15 @@ class TrainingState:
     candidate: Best | None = None
     best: Best | None = None
 
+    @property
+    def models(self) -> list[Classifier]:
+        """The network in training, and those that are kept of it."""
+        return [self.model, *(kept.model for kept in (self.candidate, self.best) if kept)]
+
 
 def move_state(state: TrainingState, device: torch.device) -> None:
     """Move the models and the optimizer's moments of `state` to `device`, in place."""
-    for model in (state.model, *(kept.model for kept in (state.candidate, state.best) if kept)):
+    for model in state.models:
         model.to(device)
     for moments in state.optimizer.state.values():
         # Adam counts its steps on the CPU.

@@ -6,7 +6,7 @@ import torch
 
 from chanscale.attaching import attach_scales
 from chanscale.channels import ChannelGroup, free_groups
-from chanscale.classifier import Classifier, to_channels_last
+from chanscale.classifier import Classifier, lay_out, to_channels_last
 from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.coupling import NORMS
@@ -35,12 +35,13 @@ def fit(
     state: TrainingState | None = None,
     watcher: Watcher | None = None,
     save: Callable[[TrainingState], None] | None = None,
+    channels_last: bool = True,
 ) -> Best:
     """Scale, select, remove and refine as `config` says; return the best epoch that meets the budget.
 
     `model` is not changed; it is traced, unless it carries its groups. With the `state` of an earlier call it goes
-    on from there; `save` is called with the state after each epoch. Raises TrainingError, BudgetError,
-    InexactRemovalError.
+    on from there; `save` is called with the state after each epoch. `channels_last`: the layout of the weights in
+    training; those that are returned have it in any case. Raises TrainingError, BudgetError, InexactRemovalError.
     """
     state = state or start(model, data, splits, config)
     groups = channel_groups(model, data.batch(splits.train[:2])[0])
@@ -53,8 +54,11 @@ def fit(
         config,
         watcher or Watcher(),
         anchored=config.anchor > 0 and has_norms(groups, model),
+        channels_last=channels_last,
     )
     move_state(state, runner.fabric.device)
+    for network in state.models:
+        lay_out(network, channels_last=channels_last)
     for moment in plan_epochs(config):
         if moment.epoch < state.epoch:
             continue
@@ -65,6 +69,7 @@ def fit(
             save(state)
     if state.best is None:
         raise TrainingError("no epoch met the budget; give it more epochs with --scale-epochs")
+    to_channels_last(state.best.model)  # as it will be read from its file, and round
     runner.settle(state.best.model)
     runner.centre(state.best.model)
     return state.best

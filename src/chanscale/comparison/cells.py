@@ -13,7 +13,7 @@ from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
 from chanscale.comparison.folds import learning_and_test, split_for_cell
 from chanscale.comparison.methods import is_ours, learning_rates
-from chanscale.config import DECODING, READING, FitConfig, before_it_existed
+from chanscale.config import READING, TIMING, FitConfig, before_it_existed
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.sources import ImageSet
@@ -26,7 +26,7 @@ from chanscale.pipeline import describe_resources, load_images, open_classifier,
 from chanscale.progress import Watcher
 
 FORMAT = "chanscale-cell/1"
-IDLE_OPTIONS = DECODING | READING
+IDLE_OPTIONS = READING | TIMING
 """Options that change nothing of a cell: methods are compared as they come from training, before probabilities are
 calibrated."""
 
@@ -154,7 +154,8 @@ def configure_learning(config: FitConfig) -> FitConfig:
     """Return the options for images that stand on their sides, none of them test, and probabilities that none reads."""
     # What these say has been done, or is not to be: class order, patients, and a test side.
     unread: dict[str, Any] = {"calibrate": False, "sensitivity": None, "coverage": None}
-    return config.already_opened().model_copy(update=unread | {"test": 0.0})
+    # What is compared computes alike, whatever else the machine does meanwhile.
+    return config.already_opened().model_copy(update=unread | {"test": 0.0, "speed": "off"})
 
 
 def split_spec(images: ImageSet, spec: CellSpec) -> Splits:

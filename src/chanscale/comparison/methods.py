@@ -14,7 +14,7 @@ from chanscale.errors import ConfigError, one_line
 OURS = "chanscale"
 COMMON = frozenset({
     "image_size", "group_pattern", "frames", "positive", "validation", "test", "skip_bad", "augment", "workers",
-    "spacing", "window", "cache_gib", "backbone", "weights", "batch_size", "seed", "precision", "device",
+    "spacing", "window", "cache_gib", "backbone", "weights", "batch_size", "seed", "precision", "device", "speed",
 })  # fmt: skip
 """Options that all methods of a comparison have in common: with others, it would be another comparison."""
 

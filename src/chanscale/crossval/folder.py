@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from chanscale.comparison.cells import digest_images
-from chanscale.config import DECODING, FixedPrecision
+from chanscale.config import TIMING, FixedPrecision
 from chanscale.crossval.plan import CrossPlan, Member
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import write_splits
@@ -46,7 +46,7 @@ class CrossFolder:
             noted = {
                 "format": FORMAT, **fixed, "images": listed, "precision": find_precision(plan.config),
             }  # fmt: skip
-        require_same_plan(self.out, noted, fixed | {"images": listed}, idle=DECODING)
+        require_same_plan(self.out, noted, fixed | {"images": listed}, idle=TIMING)
         write_splits(self.out / "splits.csv", images, plan.keep_out(images))
         write_atomically(self.out / "config.yaml", plan.config.to_yaml())
         write_atomically(self._plan, to_json(noted) + "\n")

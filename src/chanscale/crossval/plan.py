@@ -74,7 +74,7 @@ class CrossPlan:
 
     def configure(self, member: Member, precision: FixedPrecision) -> FitConfig:
         """Return the options of one run, at the precision that all have."""
-        own = {"test": 0.0, "seed": self._seed(member), "precision": precision}
+        own = {"test": 0.0, "seed": self._seed(member), "precision": precision, "speed": "off"}
         return self.config.already_opened().model_copy(update=own)
 
     def _seed(self, member: Member) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier, probabilities
-from chanscale.config import DECODING, READING, FitConfig
+from chanscale.config import READING, TIMING, FitConfig
 from chanscale.data.dicom import name_file
 from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.data.sources import ImageSet
@@ -24,7 +24,7 @@ from chanscale.files import to_json, write_atomically
 from chanscale.own_images import open_own_images
 from chanscale.report_page.material import find_widths, read_metrics
 
-IDLE = DECODING | READING | {"seed", "weights", "device", "devices", "nodes"}
+IDLE = READING | TIMING | {"seed", "weights", "device", "devices", "nodes"}
 """Options in which runs may differ that differ in their seed."""
 
 SIDE = 28

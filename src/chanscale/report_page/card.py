@@ -11,6 +11,7 @@ from chanscale.backbones import BACKBONES
 from chanscale.config import FitConfig
 from chanscale.data.splits import SIDES
 from chanscale.report_page.material import Material
+from chanscale.speed.choice import Calibration
 from chanscale.wording import shorten, size_on_disk, without_folder
 
 Rows = list[tuple[str, str]]
@@ -92,9 +93,19 @@ def describe_training(material: Material) -> Rows:
         ("Precision", str(metrics["precision"])),
         ("Time", f"{metrics['seconds']:,.0f} s"),
         ("Threads of the processor", str(metrics["threads"])),
+        *_describe_speed(metrics.get("speed")),
         ("Memory", f"{size_on_disk(metrics['peak_memory_bytes'])} at most"),
         *((TITLES.get(name, name), version) for name, version in metrics["versions"].items()),
     ]  # fmt: skip
+
+
+def _describe_speed(told: Any) -> Rows:
+    """Return how the machine was found to train fastest; nothing of a run that did not try."""
+    try:
+        speed = Calibration.from_dict(told)
+    except ValueError:
+        return []
+    return [("Speed", speed.describe().removeprefix("speed: "))] if speed.measured else []
 
 
 def _describe_temperature(calibration: Mapping[str, Any]) -> str:
