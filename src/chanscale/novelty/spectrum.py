@@ -31,7 +31,8 @@ def measure_spectra(images: Tensor) -> Tensor:
     # No product of matrices: its last bits hang on the batch.
     sums = power.new_zeros(len(grey), 2 * RINGS).index_add_(1, places[inside], power[:, inside])
     filled = counts > 0
-    return (sums[:, filled] / counts[filled] + NOTHING**2).log()
+    spectra: Tensor = (sums[:, filled] / counts[filled] + NOTHING**2).log()
+    return spectra
 
 
 def place_frequencies(size: int) -> Tensor:
