@@ -4,13 +4,15 @@
 
 A detector is fitted on the training and validation images of each run, then judges the test images, as they are and
 changed, phantoms, and crops of photographs (scikit-learn's and scikit-image's own: pip install scikit-image). Prints a
-table with 95 % bootstrap intervals; of test images, over patients. The run is only read.
+table with 95 % bootstrap intervals; of test images, over patients; then the mean and range over the runs. Runs are only
+read.
 """
 
 import argparse
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chanscale.artifact import ModelInfo, load_model, model_path
-from chanscale.data.images import FULL_RANGE
-from chanscale.data.loading import DecodedImages, decode_images
+from chanscale.data.images import FULL_RANGE, read_image
+from chanscale.data.loading import DecodedImages, decode_images, source_of
 from chanscale.data.phantoms import draw_phantom
 from chanscale.data.sources import ImageRecord, ImageSet, open_images
 from chanscale.data.splits import Splits, read_splits
@@ -60,16 +62,59 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def compress(film: Pixels) -> Pixels:
+    """Return a film as a JPEG file of quality 30 has it."""
+    file = io.BytesIO()
+    Image.fromarray(film).save(file, "JPEG", quality=30)
+    return np.asarray(Image.open(file))
+
+
+def halve(film: Pixels) -> Pixels:
+    """Return a film with half as many pixels a side."""
+    return np.asarray(Image.fromarray(film).resize((film.shape[1] // 2, film.shape[0] // 2)))
+
+
+def narrow(film: Pixels) -> Pixels:
+    """Return a film in the middle three fifths of its window: what is darker is black, what is brighter white."""
+    return np.clip((film / 255 - 0.2) / 0.6 * 255, 0, 255).round().astype(np.uint8)
+
+
+REMADE: dict[str, Callable[[Pixels], Pixels]] = {
+    "JPEG of quality 30": compress,
+    "half as many pixels a side": halve,
+    "three fifths of the window": narrow,
+}
+"""Changes of the files that a reader may not even see."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of one kind of images: how many, the share that is flagged, its interval, and what is said most often."""
+
+    name: str
+    count: int
+    flagged: float
+    interval: str
+    reason: str
+
+
 def main() -> None:
-    """Read the command line, and print a row for each kind of image and run."""
-    options = parse_options()
+    """Read the command line; print a row for each kind of image and run, then for each kind."""
+    options, rows = parse_options(), []
     print("| run | images | number | flagged | 95 % interval | commonest reason |\n" + "|---" * 6 + "|")
     for run in options.runs:
         for row in measure(run, options):
-            print(f"| {run.name} | {' | '.join(row)} |", flush=True)
+            told = row.name, str(row.count), f"{100 * row.flagged:.1f} %", row.interval, row.reason
+            print(f"| {run.name} | {' | '.join(told)} |", flush=True)
+            rows.append(row)
+    print("\n| images | number | flagged: mean | least | most |\n" + "|---" * 5 + "|")
+    for name in dict.fromkeys(row.name for row in rows):
+        shares = [100 * row.flagged for row in rows if row.name == name]
+        number = next(row.count for row in rows if row.name == name)
+        print(f"| {name} | {number} | {np.mean(shares):.1f} % | {min(shares):.1f} % | {max(shares):.1f} % |")
 
 
-def measure(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+def measure(run: Path, options: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows of a run."""
     model, info = load_model(run)
     images = open_images(options.images, group_pattern=options.group_pattern, classes=info.classes)
@@ -86,6 +131,9 @@ def measure(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]
     for name, change in CHANGES.items():
         changed = changed_images(data, chosen, change)
         yield tell(name, detector.judge(model, changed), groups_of(data, chosen))
+    for name, remake in REMADE.items():
+        remade = decode_images(remade_images(data, chosen, remake), image_size=info.image_size)
+        yield tell(name, detector.judge(model, remade), groups_of(data, chosen))
 
 
 def groups_of(data: DecodedImages, indices: tuple[int, ...]) -> NDArray[np.str_]:
@@ -93,7 +141,7 @@ def groups_of(data: DecodedImages, indices: tuple[int, ...]) -> NDArray[np.str_]
     return np.array([data.images.records[index].group for index in indices])
 
 
-def tell(name: str, judged: Judgement, groups: NDArray[np.str_]) -> tuple[str, ...]:
+def tell(name: str, judged: Judgement, groups: NDArray[np.str_]) -> Row:
     """Return a row: the share that is flagged, its interval over groups, and what is said most often."""
     flagged = np.array([verdict.flagged for verdict in judged.verdicts])
     rng = np.random.default_rng(0)
@@ -101,7 +149,7 @@ def tell(name: str, judged: Judgement, groups: NDArray[np.str_]) -> tuple[str, .
     told = Counter(verdict.reasons[0] for verdict in judged.verdicts if verdict.flagged).most_common(1)
     interval = f"{100 * low:.0f} to {100 * high:.0f} %" if len(groups) > 4 else ""
     reason = f"{told[0][0]} ({told[0][1]})" if told else ""
-    return name, str(len(flagged)), f"{100 * flagged.mean():.1f} %", interval, reason
+    return Row(name, len(flagged), float(flagged.mean()), interval, reason)
 
 
 def changed_images(
@@ -114,13 +162,26 @@ def changed_images(
     return DecodedImages(images, image_size=data.image_size, channels=data.channels, cache=pixels)
 
 
+def remade_images(
+    data: DecodedImages, indices: tuple[int, ...], change: Callable[[Pixels], Pixels]
+) -> ImageSet:
+    """Return some films as other files would have them, 8 bits."""
+    records = [data.images.records[index] for index in indices]
+    films = [(read_image(source_of(record), size=None)[0] >> 8).astype(np.uint8) for record in records]
+    remade = [replace(old, path=None, pixels=change(film)) for old, film in zip(records, films, strict=True)]
+    return replace(data.images, records=tuple(remade))
+
+
 def others(info: ModelInfo, seed: int) -> dict[str, ImageSet]:
     """Return images of other kinds, by name."""
     rng, side = np.random.default_rng(seed), 256
     photographs = [cut(picture, rng) for picture in open_photographs() for _ in range(4)]
     noise = rng.integers(0, 256, (5, side, side)).astype(np.uint8)
     soft = np.clip(rng.normal(128, 30, (5, side, side)), 0, 255).astype(np.uint8)
-    phantoms = [draw_phantom(seed, size=side, label=n % 2, patient=n).image for n in range(40)]
+    phantoms, coarse = (
+        [draw_phantom(seed, size=size, label=n % 2, patient=n).image for n in range(40)]
+        for size in (side, side // 2)
+    )
     found: dict[str, list[Pixels]] = {
         "black, white, grey": [np.full((side, side), level, np.uint8) for level in (0, 255, 128)],
         "noise": [*noise, *soft],
@@ -129,6 +190,7 @@ def others(info: ModelInfo, seed: int) -> dict[str, ImageSet]:
             np.asarray(Image.fromarray(part).convert("L")) if part.ndim == 3 else part for part in photographs
         ],
         "phantoms": phantoms,
+        "phantoms of half as many pixels a side": coarse,
     }
     return {name: as_set(pixels, info) for name, pixels in found.items()}
 

@@ -18,6 +18,7 @@ from chanscale.evaluation import predict
 from chanscale.folding import fold_grey
 from chanscale.novelty.facts import COLUMNS, SHAPE
 from chanscale.novelty.fitting import fit_novelty, fit_traits
+from chanscale.novelty.reasons import WORDS
 from chanscale.novelty.storage import NOVELTY, load_novelty, save_novelty
 from chanscale.novelty.tails import Tails
 from chanscale.novelty.thumbnails import SIDE
@@ -27,6 +28,9 @@ from networks import attach, build_classifier, describe
 from tiny_backbone import TinyTrunk, register
 
 PIXELS = 64
+PARTS = 20
+"""Those of the spectrum of an image of 32 pixels, as `as_images` makes them."""
+
 SPLITS = Splits(train=tuple(range(60)), validation=tuple(range(60, 80)), test=())
 
 
@@ -63,8 +67,10 @@ def draw_traits(count, rng, *, shift=0.0, features=20):
         rng.normal(size=(count, 6)) @ mix + 2 * mix[0] + rng.normal(size=(count, SIDE * SIDE)) + shift
     )
     facts = rng.gamma(2, size=(count, len(COLUMNS) + len(SHAPE))) + shift
+    # As of images: parts that go together, and heavy tails.
+    spectra = rng.standard_t(5, size=(count, PARTS)).cumsum(1) + shift
     inside = rng.standard_t(5, size=(count, features)) + shift
-    return Traits(facts, thumbnails, inside, np.full((count, 2), 0.5, np.float32))
+    return Traits(facts, thumbnails, spectra, inside, np.full((count, 2), 0.5, np.float32))
 
 
 @pytest.mark.parametrize(("count", "features", "repeats"), [(25, 0, 16), (50, 20, 16), (300, 20, 4)])
@@ -121,6 +127,27 @@ def test_phantoms_are_as_usual_to_a_detector_fitted_on_phantoms(fitted, phantoms
     verdicts = detector.judge(model, as_images(phantoms[80:])).verdicts
     assert np.mean([verdict.flagged for verdict in verdicts]) < 0.2
     assert all(verdict.reasons == () for verdict in verdicts if not verdict.flagged)
+
+
+def shape_noise(seed, exponent):
+    """A picture whose power falls as a power of the frequency, of a mean and a deviation that are always the same."""
+    noise = np.fft.fft2(np.random.default_rng(seed).normal(size=(PIXELS, PIXELS)))
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(PIXELS), np.fft.fftfreq(PIXELS)))
+    grey = np.fft.ifft2(noise * np.maximum(frequency, 1 / PIXELS) ** -exponent).real
+    return np.clip(128 + 30 * (grey - grey.mean()) / grey.std(), 0, 255).astype(np.uint8)
+
+
+def test_detail_in_another_proportion_is_seen_and_told_in_words():
+    model = tiny_model()
+    detector = fit_novelty(model, as_images([shape_noise(n, 1.2) for n in range(80)]), SPLITS)
+    judged = [
+        detector.judge(model, as_images([shape_noise(n, exponent) for n in range(80, 120)])).verdicts
+        for exponent in (1.2, 1.8)
+    ]
+    usual, other = (np.mean([verdict.flagged for verdict in verdicts]) for verdicts in judged)
+    assert usual < 0.2
+    assert other >= 0.9
+    assert np.mean([WORDS["spectrum"] in verdict.reasons for verdict in judged[1]]) >= 0.9
 
 
 def test_a_detector_of_colour_images_misses_the_colour(phantoms):
@@ -236,6 +263,14 @@ def test_too_few_images_for_the_rate_are_an_error():
             fit_traits(draw_traits(count, rng), np.ones(count, bool), groups)
 
 
+def test_traits_of_another_size_are_refused():
+    rng = np.random.default_rng(11)
+    detector = fit_traits(draw_traits(40, rng), np.ones(40, bool), np.arange(40).astype(str))
+    other = draw_traits(3, rng)
+    with pytest.raises(ModelError, match="20 parts of a spectrum, these images have 18"):
+        detector.judge_traits(replace(other, spectra=other.spectra[:, :18]))
+
+
 # --- the file
 
 
@@ -255,6 +290,27 @@ def test_loaded_judges_as_saved(saved, phantoms):
     loaded = load_novelty(path.parent)
     assert loaded.judge(model, data).verdicts == detector.judge(model, data).verdicts
     assert (loaded.layers, loaded.rate, loaded.margin) == (detector.layers, detector.rate, detector.margin)
+
+
+def test_a_file_without_a_spectrum_is_read_and_judges_without_it(saved, fitted, phantoms):
+    detector, path = saved
+    model, _ = load_model(path.parent)
+    data = as_images([*phantoms[80:90], *(255 - array for array in phantoms[:5])])
+    tails, place = detector.tails, detector.views.names.index("spectrum") - len(detector.views.names)
+    before = replace(
+        detector,
+        views=replace(detector.views, spectrum=None),
+        tails=Tails(np.delete(tails.start, place), np.delete(tails.step, place)),
+    )
+    save_novelty(before, path.parent)
+    assert b"chanscale-novelty/1" in path.read_bytes()
+    assert not any(name.startswith("spectrum") for name in load_file(path))
+    loaded = load_novelty(path.parent)
+    assert loaded.views.spectrum is None
+    verdicts = loaded.judge(model, data).verdicts
+    assert verdicts == before.judge(model, data).verdicts
+    assert all(verdict.flagged for verdict in verdicts[10:])
+    assert not any(WORDS["spectrum"] in verdict.reasons for verdict in verdicts)
 
 
 def test_equal_detectors_give_equal_bytes_and_few(saved):
@@ -292,6 +348,8 @@ def test_a_missing_file_is_an_error(saved):
         (lambda told, _: told.update(rate=7.0), "rate"),
         (lambda told, _: told.update(facts=["beauty"]), "measures other facts"),
         (lambda _, tensors: tensors.pop("usual"), "damaged"),
+        (lambda _, tensors: tensors.pop("spectrum.axes"), "damaged"),
+        (lambda told, _: told.update(format="chanscale-novelty/1"), "damaged"),
         (lambda _, tensors: tensors.update({"low": torch.zeros(2)}), "damaged"),
         (lambda _, tensors: tensors.update({"pixels.axes": torch.zeros(2, 2)}), "damaged"),
         (lambda _, tensors: tensors.update({"tails.step": torch.ones(2)}), "damaged"),

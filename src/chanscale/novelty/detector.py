@@ -113,6 +113,12 @@ class Detector:
                 f"this detector reads {wanted} channels, the model has {traits.features.shape[1]}; "
                 "use the model that it was fitted on"
             )
+        spectrum = self.views.spectrum
+        if spectrum is not None and traits.spectra.shape[1] != len(spectrum.mean):
+            raise ModelError(
+                f"this detector reads {len(spectrum.mean)} parts of a spectrum, these images have "
+                f"{traits.spectra.shape[1]}; use images of the size that it was fitted on"
+            )
 
 
 def lead(probabilities: NDArray[np.floating]) -> Floats:

@@ -20,7 +20,9 @@ from chanscale.novelty.tails import Tails
 from chanscale.novelty.thumbnails import SIDE
 from chanscale.novelty.views import Views
 
-FORMAT: Final = "chanscale-novelty/1"
+FORMAT: Final = "chanscale-novelty/2"
+BEFORE: Final = "chanscale-novelty/1"
+"""The format without a spectrum, which is read as it is."""
 NOVELTY = "novelty.safetensors"
 """What a detector is called in a run folder."""
 
@@ -32,7 +34,7 @@ PARTS = ("mean", "scale", "axes", "variances", "rest")
 class _Header:
     """The metadata: `sha256` of the model file; `facts`, the names of what is measured."""
 
-    format: Literal["chanscale-novelty/1"]
+    format: Literal["chanscale-novelty/1", "chanscale-novelty/2"]
     chanscale: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     layers: tuple[str, ...]
@@ -52,8 +54,9 @@ def save_novelty(detector: Detector, run: Path | str) -> Path:
     """
     file = model_path(Path(run))
     header = _Header(
-        FORMAT, __version__, _digest(file), detector.layers, _MEASURED, detector.rate, detector.margin
-    )
+        BEFORE if detector.views.spectrum is None else FORMAT, __version__, _digest(file), detector.layers, _MEASURED,
+        detector.rate, detector.margin,
+    )  # fmt: skip
     return write_tensors(file.with_name(NOVELTY), _to_tensors(detector), asdict(header))
 
 
@@ -87,8 +90,9 @@ def _digest(file: Path) -> str:
 
 
 def _parse(metadata: dict[str, Any], path: Path) -> _Header:
+    wanted = BEFORE if metadata.get("format") == BEFORE else FORMAT
     header = parse_header(
-        _HEADER, metadata, path, wanted=FORMAT, kind="novelty detector", advice="fit a detector again"
+        _HEADER, metadata, path, wanted=wanted, kind="novelty detector", advice="fit a detector again"
     )
     if header.facts != _MEASURED:
         raise ArtifactError(f"{path} measures other facts than this version does; fit a detector again")
@@ -97,7 +101,7 @@ def _parse(metadata: dict[str, Any], path: Path) -> _Header:
 
 def _to_tensors(detector: Detector) -> dict[str, Tensor]:
     views, tails = detector.views, detector.tails
-    gaussians = {"pixels": views.pixels, "appearance": views.appearance, "features": views.features}
+    gaussians = {name: getattr(views, name) for name in ("pixels", "appearance", "spectrum", "features")}
     arrays: dict[str, Any] = {
         f"{name}.{part}": getattr(gaussian, part)
         for name, gaussian in gaussians.items()
@@ -120,9 +124,10 @@ def _from_tensors(header: _Header, tensors: dict[str, Tensor]) -> Detector:
             raise ValueError(f"those of {name!r} do not fit each other")
         return Gaussian(mean, scale, axes, variances, float(rest))
 
+    spectrum = gaussian("spectrum") if header.format == FORMAT else None
     features = gaussian("features") if header.layers else None
     views = Views(
-        gaussian("pixels", len(COLUMNS)), gaussian("appearance", SIDE * SIDE), features,
+        gaussian("pixels", len(COLUMNS)), gaussian("appearance", SIDE * SIDE), spectrum, features,
         arrays["low"], arrays["high"],
     )  # fmt: skip
     tails, usual = Tails(arrays["tails.start"], arrays["tails.step"]), arrays["usual"]

@@ -22,6 +22,7 @@ from chanscale.errors import ModelError
 from chanscale.modes import device_of, hooked, in_eval
 from chanscale.novelty.facts import measure_facts, measure_shape
 from chanscale.novelty.gaussian import Floats
+from chanscale.novelty.spectrum import measure_spectra
 from chanscale.novelty.thumbnails import draw_thumbnails
 from chanscale.programs import Program
 
@@ -35,13 +36,15 @@ SIDEWAYS = frozenset({5, 6, 7, 8})
 
 @dataclass(frozen=True)
 class Traits:
-    """Of N images: `facts` (N, F), `thumbnails` (N, T), `features` (N, C) and the `probabilities` (N, K) of the model.
+    """Of N images: `facts` (N, F), `thumbnails` (N, T), `spectra` (N, P), `features` (N, C), `probabilities` (N, K).
 
     `features`: the mean of each channel of the layers watched; (N, 0) for a program, which has no layers inside.
+    `probabilities`: those that the model gives.
     """
 
     facts: Floats
     thumbnails: Floats
+    spectra: Floats
     features: Floats
     probabilities: NDArray[np.float32]
 
@@ -50,7 +53,7 @@ class Traits:
 
     def of(self, rows: NDArray[np.bool_]) -> "Traits":
         """Return the traits of some of the images."""
-        return Traits(self.facts[rows], self.thumbnails[rows], self.features[rows], self.probabilities[rows])
+        return Traits(*(column[rows] for column in vars(self).values()))
 
 
 @torch.no_grad()
@@ -90,11 +93,12 @@ def read_traits(
         shapes = torch.tensor([_shape_of(record, data.image_size) for record in records]).double()
         facts = torch.cat([measure_facts(batch.images), shapes], 1)
         inside = torch.cat([features[name] for name in layers], 1) if layers else facts[:, :0]
-        rows.append((facts, draw_thumbnails(batch.images), inside, shares))
+        pictures = draw_thumbnails(batch.images), measure_spectra(batch.images)
+        rows.append((facts, *pictures, inside, shares))
         if progress:
             progress(sum(len(row[0]) for row in rows), len(indices))
     if not rows:
-        return Traits(*(np.zeros((0, 0)),) * 3, np.zeros((0, len(model.classes)), np.float32))
+        return Traits(*(np.zeros((0, 0)),) * 4, np.zeros((0, len(model.classes)), np.float32))
     return Traits(*(torch.cat(column).numpy() for column in zip(*rows, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Scores that are high for unusual images, each by another view: grey levels, appearance, features, single facts."""
+"""Scores that are high for unusual images, each by another view: facts, grey levels, appearance, detail, features."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,9 +10,8 @@ from chanscale.novelty.gaussian import Floats, Gaussian
 from chanscale.novelty.thumbnails import MIRRORED, TURNS, undo
 from chanscale.novelty.traits import Traits
 
-BY_PROGRAM = ("pixels", "appearance", "turned", "mirrored")
-"""The views of a program."""
-ALL = (*BY_PROGRAM, "features", "together")
+ALWAYS = ("pixels", "appearance", "turned", "mirrored")
+"""The views that every detector has."""
 LEAST = 0.02
 """The least step of the tail of a view: of ln of a squared distance."""
 
@@ -21,11 +20,12 @@ LEAST = 0.02
 class Views:
     """What is usual, by the training images: Gaussians, and the range of each of the `FACTS`, `low` and `high` (F,).
 
-    `features` is None for a program.
+    `spectrum` is None in a file of an older version, `features` for a program.
     """
 
     pixels: Gaussian
     appearance: Gaussian
+    spectrum: Gaussian | None
     features: Gaussian | None
     low: Floats
     high: Floats
@@ -36,12 +36,15 @@ class Views:
         features = Gaussian.fit(traits.features) if traits.features.shape[1] else None
         told = single_facts(traits)
         pixels = Gaussian.fit(traits.facts[:, : len(COLUMNS)])
-        return cls(pixels, Gaussian.fit(traits.thumbnails), features, told.min(0), told.max(0))
+        appearance, spectrum = Gaussian.fit(traits.thumbnails), Gaussian.fit(traits.spectra)
+        return cls(pixels, appearance, spectrum, features, told.min(0), told.max(0))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The views whose scores follow those of the facts."""
-        return BY_PROGRAM if self.features is None else ALL
+        spectrum = () if self.spectrum is None else ("spectrum",)
+        features = () if self.features is None else ("features", "together")
+        return (*ALWAYS, *spectrum, *features)
 
     @property
     def handicap(self) -> Floats:
@@ -64,6 +67,8 @@ class Views:
             undo(turns, traits.thumbnails, self.appearance).max(1) for turns in (TURNS, MIRRORED)
         )
         views = [pixels, appearance, turned, mirrored]
+        if self.spectrum is not None:
+            views.append(self.spectrum.distance(traits.spectra))
         if self.features is not None:
             features = self.features.distance(traits.features)
             views += [features, features + pixels]
