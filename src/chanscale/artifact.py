@@ -120,9 +120,8 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     info = parse_info(metadata, path)
     if trunk is None and info.rebuilt_by == "program":
         program = load_program(
-            path.with_name(PROGRAM), info.classes,
-            digest=info.program, shape=info.shape, multilabel=info.multilabel,
-        )  # fmt: skip
+            path.with_name(PROGRAM), info.classes, digest=info.program, multilabel=info.multilabel
+        )
         return program, info
     if not isinstance(trunk, nn.Module | None):
         raise ArtifactError(f"`trunk` must be the original network. Got {trunk!r:.60} instead.")
