@@ -130,7 +130,7 @@ class ImageSet:
     @property
     def has_groups(self) -> bool:
         """Whether a patient is known for any image."""
-        return any(record.group != record.name for record in self.records)
+        return any(record.has_patient for record in self.records)
 
     @property
     def group_keys(self) -> NDArray[Any]:
@@ -209,9 +209,7 @@ def open_images(
     _check_names(rows, source)
     _require_one_kind(sum(row.labels is not None for row in rows), len(rows), source)
     names = _name_classes(rows, source) if classes is None else classes
-    images = ImageSet(
-        source, names, _to_records(rows, names, group_pattern, source, frames), frames=frames
-    )
+    images = ImageSet(source, names, _to_records(rows, names, group_pattern, source, frames), frames=frames)
     images = images.without(missing) if missing else images
     if classes is None:
         _check_classes(images)
