@@ -3,16 +3,20 @@
     python benchmarks/leaks.py ../shared/data/nih-opacity --group-pattern '^(\\d+)_'
     python benchmarks/leaks.py ../shared/data/pneumoniamnist.npz --every 20
     python benchmarks/leaks.py --speed 1000 10000
+    python benchmarks/leaks.py phantoms --cost 10000
 
 Images are altered in every way; then all pairs of the set are gone through. One half of the patients is there to choose
-thresholds by, the other to judge them: a column for each.
+thresholds by, the other to judge them: a column for each. `--cost` measures one search of so many images, one in four
+of which is an altered copy: all pairs are compared, and of the candidates a sample is laid on each other, whose price
+and whose mistakes are then counted for all.
 """
 
 import argparse
 import io
+import resource
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import psutil
@@ -24,7 +28,10 @@ from chanscale.data.loading import source_of
 from chanscale.data.sources import ImageSet
 from chanscale.leaks.candidates import find_candidates
 from chanscale.leaks.thumbnails import SIDE, thumbnails
-from chanscale.leaks.twins import SAME, measure_agreement
+from chanscale.leaks.twins import SAME, SURE, measure_agreement
+
+SAMPLE = 1000
+"""Candidates that are laid on each other to know what one takes."""
 
 Small = NDArray[np.uint8]
 Change = Callable[[Image.Image], Image.Image]
@@ -37,6 +44,9 @@ def main() -> None:
         print_speed(options.speed)
         return
     images = open_images(options.data, group_pattern=options.group_pattern)
+    if options.cost:
+        print_cost(images, options.cost)
+        return
     print_copies(images, options.every)
     print_others(images)
 
@@ -206,6 +216,42 @@ def print_speed(counts: list[int]) -> None:
         )
 
 
+def print_cost(images: ImageSet, count: int) -> None:
+    """Print what a search among `count` images takes, and what it finds and mistakes."""
+    originals = 3 * count // 4
+    small = np.empty((count, SIDE, SIDE), dtype=np.uint8)
+    changes = list(CHANGES.items())
+    for index in range(count):
+        change = changes[index % len(changes)][1] if index >= originals else changes[0][1]
+        small[index] = shrink(change(read_grey(images, index % originals)))
+    groups = np.array([images.records[index % originals].group for index in range(count)])
+    begun = process_time()
+    found = find_candidates(small)
+    compared = process_time() - begun
+    copies = np.abs(found.second - found.first) == originals
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(~copies))[:SAMPLE]
+    begun = process_time()
+    agreed, others = (
+        measure_agreement(small, found.take(which)) for which in (np.flatnonzero(copies), chosen)
+    )
+    each = (process_time() - begun) / (len(agreed) + len(others))
+    apart = groups[found.first[chosen]] != groups[found.second[chosen]]
+    mistaken, sure = (
+        (others[apart] >= least).mean() * (~copies).sum() * apart.mean() for least in (SAME, SURE)
+    )
+    print(
+        f"images: {count:,}, of which copies: {count - originals:,}\n"
+        f"comparing all pairs: {compared:.0f} s of processor time; candidates: {len(found):,}\n"
+        f"laying a candidate on another: {1000 * each:.1f} ms, so all: {each * len(found):.0f} s\n"
+        f"copies that are candidates: {copies.sum() / (count - originals):.1%}, "
+        f"found: {(agreed >= SAME).sum() / (count - originals):.1%}, "
+        f"beyond doubt: {(agreed >= SURE).sum() / (count - originals):.1%}\n"
+        f"pairs of two patients taken for one exposure: about {mistaken:,.0f}, beyond doubt: about {sure:,.0f} "
+        f"(of {apart.sum():,} in the sample: {(others[apart] >= SAME).sum():,}, {(others[apart] >= SURE).sum():,})\n"
+        f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB"
+    )
+
+
 def draw_noise(count: int) -> Small:
     """Return thumbnails without content."""
     rng = np.random.default_rng(0)
@@ -225,6 +271,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--group-pattern")
     parser.add_argument("--every", type=int, default=1, help="Alter one image in so many.")
+    parser.add_argument("--cost", type=int, help="Images to search once, copies among them.")
     parser.add_argument("--speed", type=int, nargs="+", help="Numbers of images to draw and compare.")
     options = parser.parse_args()
     if options.data is None and not options.speed:

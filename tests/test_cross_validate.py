@@ -182,6 +182,15 @@ def test_an_image_that_was_left_out_twice_or_never_is_noticed():
 # --- whether averaging helps
 
 
+def test_patients_are_counted_only_where_any_is_known():
+    answers = make_answers((1.0, 1.0))
+    known = {"patients": len({record.group for record in answers.images.records})}
+    records = tuple(replace(record, group=record.name) for record in answers.images.records)
+    alone = replace(answers, images=replace(answers.images, records=records))
+    assert known.items() <= judge_average(answers, resamples=50).items()
+    assert "patients" not in judge_average(alone, resamples=50)
+
+
 def test_the_average_of_copies_is_no_better_than_one():
     answers = make_answers((1.0,))
     copies = Answers(

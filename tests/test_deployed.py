@@ -99,8 +99,8 @@ def test_a_difference_is_found():
 def test_a_folded_network_takes_grey_alone():
     model, info = scaled()
     folded = fold_grey(model, images(2, 32)[:, :1])
-    assert takes_grey_alone(folded, info)
-    assert not takes_grey_alone(model, info)
+    assert takes_grey_alone(folded)
+    assert not takes_grey_alone(model)
     grey = list(draw_examples(grey_only=True))
     assert {len(image) for image in grey} == {1}
     assert compare(run_of(deploy(folded, info)), folded, info, grey).difference < TOLERANCE

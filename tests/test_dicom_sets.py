@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import stat
 import warnings
 import zipfile
@@ -18,7 +19,8 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 import tiny_backbone
-from chanscale import cli
+from chanscale import cli, scale_and_select
+from chanscale.artifact import load_model, model_path, read_model, write_tensors
 from chanscale.comparison.cells import Cell, CellSpec, digest_images, run_cell
 from chanscale.comparison.folds import assign_folds
 from chanscale.comparison.methods import configure
@@ -29,8 +31,10 @@ from chanscale.data.listing import list_images
 from chanscale.data.sources import ImageRecord
 from chanscale.depth import cross_validate
 from chanscale.errors import ConfigError, DataError, SplitError
+from chanscale.leaks.search import find_leaks
 from chanscale.novelty import traits
 from chanscale.novelty.traits import read_dimensions
+from chanscale.own_images import open_own_images
 from dicom_files import dicom, save, write
 from tiny_reports import few_draws
 
@@ -238,6 +242,9 @@ def test_each_frame_can_be_an_image_of_the_same_patient(tmp_path):
     groups = [record.group for record in every.records]
     assert [len(set(groups[at : at + 3])) for at in (0, 3)] == [1, 1]
     assert groups[3] == "a/2.dcm"
+    assert every.has_groups
+    unknown = replace(every, records=every.records[3:7])
+    assert not unknown.has_groups  # frames of a file, and no patient
     pixels = decode_images(every, image_size=32, workers=0).batch([0, 1, 2])[0]
     assert np.abs(pixels[:, 0].numpy() * 4095 - stack).max() < 0.1
 
@@ -259,6 +266,85 @@ def test_images_that_a_run_has_seen_are_pointed_out_whichever_frames_were_taken(
         seen, of = (len(files), 24) if judged == "first" else (2 * len(files), 48)
         said = " ".join(capsys.readouterr().err.split())
         assert f"names {seen} of these {of} images as train or validation" in said
+
+
+@pytest.fixture(scope="module")
+def reels(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of files of two frames, and a run fitted on all of them."""
+    folder = tmp_path_factory.mktemp("reels")
+    data, run = folder / "data", folder / "run"
+    for patient in range(24):
+        stack = np.stack([film(patient % 2, seed=patient * 2 + frame) for frame in range(2)])
+        write(data / "ab"[patient % 2] / f"{patient:02}.dcm", stack, bits=12)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_backbone.register(patch.setitem, patch.setattr)
+        assert cli.run(["fit", str(data), "--out", str(run), "--frames", "all", *OPTIONS]) == 0
+    return data, run
+
+
+@pytest.fixture
+def old(reels, tmp_path) -> Path:
+    """The same run as a version wrote it whose model files did not tell of frames."""
+    run = shutil.copytree(reels[1], tmp_path / "old")
+    tensors, metadata = read_model(run / "model.safetensors")
+    assert metadata["info"].pop("frames") == "all"
+    write_tensors(run / "model.safetensors", tensors, metadata)
+    (run / "novelty.safetensors").unlink()  # it goes by the digest of the model file
+    return run
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    tiny_backbone.register(monkeypatch.setitem, monkeypatch.setattr)
+
+
+def count_images(command: str, run: Path, data: Path, capsys, *options: str) -> int:
+    """Return how many images a command took from a folder of 12 files of two frames, or from two such folders."""
+    capsys.readouterr()
+    path = data if command == "evaluate" else data / "a"
+    assert cli.run([command, str(run), str(path), "--json", *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    return {
+        "predict": len,
+        "evaluate": lambda told: told["n"] // 2,
+        "explain": lambda told: len(told["images"]),
+    }[command](told)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "explain"])
+def test_a_run_takes_the_frames_that_it_was_fitted_on_unless_told_otherwise(
+    command, reels, tiny, tmp_path, capsys
+):
+    data, run = reels
+    for number, (options, count) in enumerate(
+        [([], 24), (["--frames", "all"], 24), (["--frames", "first"], 12)]
+    ):
+        out = ["--out", str(tmp_path / str(number))] if command == "explain" else []
+        assert count_images(command, run, data, capsys, *options, *out) == count
+
+
+def test_a_run_of_before_frames_were_noted_takes_the_first(old, reels, tiny, capsys):
+    assert load_model(old)[1].frames is None
+    assert count_images("predict", old, reels[0], capsys) == 12
+    assert count_images("predict", old, reels[0], capsys, "--frames", "all") == 24
+
+
+def test_the_images_of_a_run_are_opened_with_its_frames(reels, old, tiny, tmp_path):
+    data, run = reels
+    for each in (run, old):
+        images, splits = open_own_images(data, model_path(each), load_model(each)[1])
+        assert len(images) == sum(map(len, (splits.train, splits.validation, splits.test))) == 48
+    # Of a set that was open already, the options of the run say nothing.
+    config = FitConfig.read(run / "config.yaml").model_copy(update={"frames": "first"})
+    kept = scale_and_select("tiny", open_images(data, frames="all"), config=config, out=tmp_path / "open")
+    assert kept.info.frames == "all"
+    assert len(open_own_images(data, model_path(kept.folder), kept.info)[0]) == 48
+
+
+def test_leaks_of_a_run_go_by_its_frames(reels, tiny):
+    data, run = reels
+    assert len(find_leaks(data, run=run).images) == 48
+    assert len(find_leaks(data).images) == 24
 
 
 # --- sources side by side

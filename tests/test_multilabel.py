@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from chanscale.classifier import class_weights, classification_loss, probabiliti
 from chanscale.data import open_images
 from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.loading import decode_images
+from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.splits import read_splits, split_images, write_splits
 from chanscale.errors import DataError, SplitError
 from chanscale.evaluation import evaluate
@@ -120,6 +122,53 @@ def test_a_table_of_labels_that_cannot_be_read_says_why(tmp_path, columns, row, 
         open_images(write(tmp_path / "t.csv", columns, [row]), **options)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([(1, 0), (), ()], "brings images of one label and of several together (2 and 1); keep one kind"),
+        ([(1, 0), (1, 0, 1), (0, 1)], "1.png of here has 3 labels; wanted one for each of 2 classes"),
+    ],
+)
+def test_images_of_different_kinds_are_no_set(labels, said):
+    pixels = np.zeros((4, 4), np.uint8)
+    records = tuple(
+        ImageRecord(f"{i}.png", 0, str(i), pixels=pixels, labels=own) for i, own in enumerate(labels)
+    )
+    images = ImageSet(Path("here"), ("a", "b"), records)
+    for use in (lambda: images.labels, lambda: images.counts, lambda: decode_images(images, image_size=4)):
+        with pytest.raises(DataError) as error:
+            use()
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("classes", [None, ("0", "1")])
+def test_a_table_that_brings_both_kinds_is_refused_also_where_the_classes_are_given(tmp_path, classes):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    labels = np.array([[0, 1], [1, 0]] * 2, np.uint8)
+    np.savez(tmp_path / "b.npz", train_images=np.zeros((4, 4, 4), np.uint8), train_labels=labels)
+    table = write(tmp_path / "t.csv", ["path", "label"], [["a.png", "0"], ["b.npz", ""]])
+    with pytest.raises(DataError, match=r"of several together \(1 and 4\); keep one kind"):
+        open_images(table, classes=classes)
+
+
+def test_whether_a_set_is_multilabel_or_of_volumes_is_found_out_once():
+    class Counted(tuple):
+        looks = 0
+
+        def __iter__(self):
+            Counted.looks += 1
+            return super().__iter__()
+
+    pixels = np.zeros((4, 4), np.uint8)
+    records = Counted(ImageRecord(f"{i}.png", i % 2, str(i), pixels=pixels) for i in range(4))
+    images = ImageSet(Path("here"), ("a", "b"), records)
+    for _ in range(3):
+        assert not images.is_multilabel
+        assert images.dimensions == 2
+    assert Counted.looks == 2
 
 
 def test_an_archive_of_label_vectors_has_several_labels(tmp_path):

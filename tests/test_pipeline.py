@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from chanscale.artifact import load_model
+from chanscale import cli
+from chanscale.artifact import load_model, read_model, write_tensors
 from chanscale.backbones import Preprocessing
 from chanscale.catalogue import build_network
 from chanscale.errors import (
@@ -26,7 +28,7 @@ from chanscale.errors import (
 )
 from chanscale.evaluation import evaluate
 from chanscale.pipeline import scale_and_select
-from chanscale.programs import load_program
+from chanscale.programs import load_program, save_program
 from chanscale.progress import Watcher
 from chanscale.pruning import ROUNDING
 from chanscale.runs import RunFolder
@@ -337,6 +339,42 @@ def test_a_program_takes_grey_images_where_it_was_made_for_colour_and_no_others(
             program(torch.rand(shape))
 
 
+def test_a_program_of_grey_images_sees_colour_as_the_network_does(tmp_path):
+    run = fit_tiny(tmp_path / "run")
+    program, info = load_model(tmp_path / "run")
+    assert (info.channels, program.shape) == (1, (3, 32, 32))
+    grey, colour = torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        for images in (grey, colour):
+            torch.testing.assert_close(program(images), run.model(images))
+    assert not torch.allclose(program(colour), program(colour.mean(1, keepdim=True)))
+
+
+def test_a_program_of_a_folded_network_refuses_colour_in_one_line(tmp_path, capsys):
+    scale_and_select(
+        tiny_classifier().trunk, IMAGES.images, config=tiny_config(fold_grey=True), out=tmp_path / "run"
+    )
+    Image.new("RGB", (40, 40), (200, 10, 90)).save(tmp_path / "colour.png")
+    assert cli.run(["predict", str(tmp_path / "run"), str(tmp_path / "colour.png")]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith("error: this program takes images (N, 1, 32, 32). Got (1, 3, 32, 32)")
+
+
+def test_a_program_that_was_made_for_grey_alone_still_loads(tmp_path):
+    fit_tiny(tmp_path / "run")
+    tensors, metadata = read_model(tmp_path / "run" / "model.safetensors")
+    model, _ = load_model(tmp_path / "run", trunk=tiny_classifier().trunk)
+    path = tmp_path / "run" / "program.pt2"
+    metadata["info"]["program"] = save_program(model, (1, 32, 32), path)  # as earlier versions did
+    write_tensors(tmp_path / "run" / "model.safetensors", tensors, metadata)
+    program, _ = load_model(tmp_path / "run")
+    assert program.shape == (1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(program(torch.ones(2, 1, 32, 32)), model(torch.ones(2, 1, 32, 32)))
+    with pytest.raises(ModelError, match=r"takes images \(N, 1, 32, 32\)"):
+        program(torch.ones(2, 3, 32, 32))
+
+
 def test_a_program_holds_no_image_and_only_its_own_model_takes_it(tmp_path):
     fit_tiny(tmp_path / "run")
     path = tmp_path / "run" / "program.pt2"
@@ -363,4 +401,4 @@ def test_a_program_that_would_be_unpickled_is_refused(tmp_path):
             copy_of_it.writestr(item, content)
     digest = hashlib.sha256(forged.read_bytes()).hexdigest()
     with pytest.raises(ArtifactError, match="is a pickled object"):
-        load_program(forged, ("no", "yes"), digest=digest, shape=(1, 32, 32))
+        load_program(forged, ("no", "yes"), digest=digest)

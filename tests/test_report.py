@@ -104,6 +104,14 @@ def test_where_the_trunk_ends_is_told_with_what_a_linear_head_reads_there():
     assert "ends behind" not in printed(describe_run(metrics()))
 
 
+def test_patients_are_spoken_of_only_where_any_is_known():
+    whole = metrics()
+    del whole["patients"]
+    text = " ".join(printed(describe_run(whole)).split())
+    assert "120 test images; in brackets" in text
+    assert "patients" not in text
+
+
 def test_without_test_images_the_table_has_no_figures():
     whole = metrics(n=0, before={"n": 0})
     del whole["auc"], whole["accuracy"], whole["patients"]

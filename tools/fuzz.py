@@ -4,8 +4,8 @@
     python tools/fuzz.py TARGET --runs 10000 --seconds 60  # one of `fuzz_targets.TARGETS`
 
 It needs atheris, which is no dependency: `make fuzz` installs it apart. What breaks a reader is left in a file
-that the last lines name; `python tools/fuzz.py TARGET FILE` reads it again. Images are held to a million pixels,
-so that none is slow for its size alone.
+that the last lines name; `python tools/fuzz.py TARGET FILE` reads it again. Images are held to a million pixels or
+voxels, so that none is slow for its size alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = ROOT / "build" / "fuzz"
 SECONDS_OF_ONE, MIB, PIXELS = 30, 4096, 1 << 20
-FOLLOWED = ("chanscale", "fuzz_targets", "yaml", "tifffile", "pydicom")
+FOLLOWED = ("chanscale", "fuzz_targets", "yaml", "tifffile", "pydicom", "nibabel")
 """Packages whose branches the fuzzer sees, and tries to reach all of."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 FOREIGN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
@@ -129,9 +129,11 @@ def quiet() -> None:
     """Let decoders warn of what they pass over, unheard, and hold images to a size."""
     from PIL import Image
 
+    from chanscale.data import volumes
+
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    Image.MAX_IMAGE_PIXELS = PIXELS
+    Image.MAX_IMAGE_PIXELS = volumes.MAX_VOXELS = PIXELS
 
 
 def feeder(target: Any, work: Path) -> Any:

@@ -1,5 +1,6 @@
 """What `fuzz` feeds: each reader of files from outside, with files to begin with, and how bytes become a file."""
 
+import gzip
 import io
 import json
 import struct
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import tifffile
 from PIL import Image
@@ -21,6 +23,7 @@ from chanscale.config import FitConfig
 from chanscale.data.images import count_channels, read_image
 from chanscale.data.sources import ImageRecord, ImageSet, open_images
 from chanscale.data.splits import read_splits
+from chanscale.data.volumes import VolumeSpace, read_volume, require_extra
 from chanscale.delta import FORMAT as DELTA
 from chanscale.delta import read_delta
 from chanscale.novelty.storage import FORMAT as NOVEL
@@ -131,6 +134,50 @@ def save(dataset: Any) -> bytes:
     file = io.BytesIO()
     dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+SPACES = (VolumeSpace(), VolumeSpace(spacing=2.0, window=(0, 200)))
+
+
+def look_inside(path: Path) -> None:
+    """Read a volume, squashed to a cube and at a spacing."""
+    for space in SPACES:
+        read_volume(path, size=8, space=space)
+
+
+def volumes() -> list[bytes]:
+    """Return NIfTI volumes: of whole numbers, with a slope, of floats, and in the second version of the format."""
+    require_extra()  # MONAI takes longer to import than an input may take to be read
+    values = RNG.integers(0, 255, (5, 6, 4)).astype(np.int16)
+    affine = np.diag([-1.5, 1.2, 2.0, 1.0])
+    sloped = nibabel.Nifti1Image(values, affine)
+    sloped.header.set_slope_inter(2.0, -10.0)
+    images = [
+        nibabel.Nifti1Image(values, affine), sloped, nibabel.Nifti1Image(values.astype(np.float32), affine),
+        nibabel.Nifti2Image(values, affine),
+    ]  # fmt: skip
+    return [image.to_bytes() for image in images]
+
+
+def zipped(data: bytes) -> bytes:
+    """Return a gzip of some bytes, its checksum that of them, and its time none."""
+    return gzip.compress(data, mtime=0)
+
+
+def with_trailer(data: bytes) -> bytes:
+    """Mend the checksum and the length at the end of a gzip: else each change would end at them."""
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = unpacker.decompress(data[GZIP_HEADER:], MOST_UNPACKED)
+    except zlib.error:
+        return data
+    if not unpacker.eof:
+        return data
+    body = data[: len(data) - len(unpacker.unused_data)]
+    return body + struct.pack("<II", zlib.crc32(content), len(content)) + unpacker.unused_data[8:]
+
+
+GZIP_HEADER, MOST_UNPACKED = 10, 1 << 24
 
 
 def archive(**arrays: bytes) -> bytes:
@@ -257,6 +304,8 @@ TARGETS = {
     "metrics": Target("metrics.json", read_metrics, lambda: documents(FIGURES)),
     "history": Target("history.csv", read_history, lambda: [HISTORY]),
     "cell": Target("ours-all-f0-s0.json", read_cell, lambda: documents(CELL)),
+    "volume": Target("a.nii", look_inside, volumes),
+    "volume_gz": Target("a.nii.gz", look_inside, lambda: list(map(zipped, volumes())), with_trailer),
     "trial": Target("0000.json", read_trial, lambda: documents(TRIAL)),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from chanscale import __version__
 from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
+from chanscale.config import Frames
 from chanscale.conformal import PredictionSets
 from chanscale.cutting_points import cut_trunk
 from chanscale.data.loading import shape_of
@@ -50,7 +51,8 @@ class ModelInfo:
     ours replaced, if one was. `without`: the modules of its trunk that are left out. `rebuilt_by`: its name; or a
     program that lies beside the file; or only the original network. `operating_point`, `prediction_sets`: how to read
     its probabilities, where that was settled. `multilabel`: whether an image may have several of the classes, or none.
-    `space`: how volumes are read; None for a model of pictures.
+    `space`: how volumes are read; None for a model of pictures. `frames`: which of a DICOM file's it was trained on;
+    None in a file of before it was noted.
     """
 
     backbone: str
@@ -67,6 +69,7 @@ class ModelInfo:
     prediction_sets: PredictionSets | None = None
     multilabel: bool = False
     space: VolumeSpace | None = None
+    frames: Frames | None = None
 
     @property
     def is_binary(self) -> bool:
@@ -120,9 +123,8 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
     info = parse_info(metadata, path)
     if trunk is None and info.rebuilt_by == "program":
         program = load_program(
-            path.with_name(PROGRAM), info.classes,
-            digest=info.program, shape=info.shape, multilabel=info.multilabel,
-        )  # fmt: skip
+            path.with_name(PROGRAM), info.classes, digest=info.program, multilabel=info.multilabel
+        )
         return program, info
     if not isinstance(trunk, nn.Module | None):
         raise ArtifactError(f"`trunk` must be the original network. Got {trunk!r:.60} instead.")

@@ -24,8 +24,10 @@ GroupOption = Annotated[
     ),
 ]
 FramesOption = Annotated[
-    Frames,
-    typer.Option(help="Of DICOM files with several frames: take the first, or all, each as an image."),
+    Frames | None,
+    typer.Option(
+        help="Of DICOM files with several frames: take the first, or all, each as an image. Default: as the run did."
+    ),
 ]
 SkipOption = Annotated[bool, typer.Option(help="Leave unreadable images out, and count them.")]
 RayOption = Annotated[

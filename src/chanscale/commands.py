@@ -97,7 +97,7 @@ def evaluate(
     run_folder: RunArgument,
     data: DataArgument,
     group_pattern: GroupOption = None,
-    frames: FramesOption = "first",
+    frames: FramesOption = None,
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,8 +109,8 @@ def evaluate(
 
     model, info = load_predictor(run_folder)
     images = open_images(
-        data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad, frames=frames,
-        label_columns=info.label_columns,
+        data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad,
+        frames=frames or info.frames or "first", label_columns=info.label_columns,
     )  # fmt: skip
     images = _take_unseen(images, run_folder)
     warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
@@ -144,7 +144,7 @@ def predict(
             "--abstain", help="Name no class for images unlike those of training, and for near ties."
         ),
     ] = False,
-    frames: FramesOption = "first",
+    frames: FramesOption = None,
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:

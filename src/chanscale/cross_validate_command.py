@@ -92,10 +92,11 @@ def _show(found: "CrossValidation") -> None:
     figures = found.figures
     out.print(describe_rows(COLUMNS, [_to_row(name, figures) for name in figures["pooled"]]))
     images, members = figures["images"], len(figures["members"])
-    say(f"{images['folds']} images of {figures['patients']} patients in the folds, {members} runs.")
+    patients = f" of {figures['patients']} patients" if "patients" in figures else ""
+    say(f"{images['folds']} images{patients} in the folds, {members} runs.")
     say(
-        "Intervals: bootstrap over patients. Folds share training images, so that they are too narrow (Bengio & "
-        "Grandvalet 2004)."
+        f"Intervals: bootstrap over {'patients' if patients else 'images'}. Folds share training images, so that "
+        "they are too narrow (Bengio & Grandvalet 2004)."
     )
     say(describe_average(figures["ensemble"]))
     say(f"Figures, tables and runs: {found.folder}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from chanscale.cli_options import JsonOption, RunArgument
+from chanscale.cli_options import FramesOption, JsonOption, RunArgument
 from chanscale.display import describe_rows, out, say, show_json, watching
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def explain(
         Literal["class-map", "grad-cam", "integrated-gradients"],
         typer.Option(help="The map to show; the last two need captum."),
     ] = "class-map",
+    frames: FramesOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Say which channels, and which places, made the answer to each image.
@@ -40,8 +41,9 @@ def explain(
 
     with watching() as watcher:
         explained = explain_run(
-            run, images, out=out_folder, data=data, top=top, method=method, progress=watcher.on_step
-        )
+            run, images, out=out_folder, data=data, top=top, method=method, frames=frames,
+            progress=watcher.on_step,
+        )  # fmt: skip
     if as_json:
         show_json({"folder": str(explained.folder), **explained.index})
     else:

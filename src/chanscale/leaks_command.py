@@ -34,7 +34,7 @@ def leaks(
             help="CSV to write, above the images, for fit: it puts twins, and their patients, in one group.",
         ),
     ] = None,
-    frames: FramesOption = "first",
+    frames: FramesOption = None,
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip

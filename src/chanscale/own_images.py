@@ -21,7 +21,7 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
         raise ArtifactError(f"beside {file} lie no config.yaml and splits.csv, which tell its test images")
     options = FitConfig.read(config)
     images = open_images(
-        path, group_pattern=options.group_pattern, classes=info.classes, frames=options.frames,
+        path, group_pattern=options.group_pattern, classes=info.classes, frames=info.frames or options.frames,
         label_columns=info.label_columns,
     )  # fmt: skip
     images = _less_outer_test(images, file.parent)

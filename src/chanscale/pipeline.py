@@ -51,7 +51,7 @@ RARE = 5
 """How many times more images the commonest class has, from which on that is worth a word."""
 
 MOST_SEARCHED = 5_000
-"""Images among which twins are sought unasked: the time grows with the square, and most where all look alike."""
+"""Images among which twins are sought unasked: two minutes or so of alike ones (docs/benchmarks/leaks.md, Cost)."""
 
 _log = logging.getLogger(__name__)
 
@@ -381,6 +381,7 @@ def describe_model(
         rebuilt_by="name" if original.can_be_rebuilt else "program",
         multilabel=images.images.is_multilabel,
         space=images.space,
+        frames=images.images.frames,
     )
 
 

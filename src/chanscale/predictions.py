@@ -144,7 +144,7 @@ def predict_images(
     paths: Sequence[Path],
     *,
     skip_bad: bool = False,
-    frames: Frames = "first",
+    frames: Frames | None = None,
     detector: Detector | None = None,
     abstain: bool = False,
     decoding: Progress | None = None,
@@ -152,9 +152,10 @@ def predict_images(
 ) -> Predictions:
     """Return what `model` says about image files, and about all images in folders.
 
-    `info`: what the model's file says of it. `detector`: that of the run, which tells images unlike those of training;
-    with `abstain` these are of no class. `decoding` and `predicting` hear of images done, of all. Raises DataError,
-    and UnreadableImageError unless `skip_bad` leaves such images out.
+    `info`: what the model's file says of it. `frames`: of a DICOM file; default: as in training. `detector`: that of
+    the run, which tells images unlike those of training; with `abstain` these are of no class. `decoding` and
+    `predicting` hear of images done, of all. Raises DataError, and UnreadableImageError unless `skip_bad` leaves such
+    images out.
     """
     images = open_unlabelled(paths, info, frames=frames)
     data = decode_images(
@@ -173,17 +174,18 @@ def predict_images(
     )  # fmt: skip
 
 
-def open_unlabelled(paths: Sequence[Path], info: ModelInfo, *, frames: Frames = "first") -> ImageSet:
+def open_unlabelled(paths: Sequence[Path], info: ModelInfo, *, frames: Frames | None = None) -> ImageSet:
     """Return image files, and all images in folders, each once, as a set. Raises DataError.
 
-    Of DICOM files with several `frames`, the first is taken, or each, as one image.
+    Of DICOM files with several `frames`, the first is taken, or each, as one image; default: as in training.
     No class is known: the labels stand empty, and are not to be looked at.
     """
     files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
     records = (ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
+    frames = frames or info.frames or "first"
     if frames == "all":
         records = (frame for record in records for frame in spread_frames(record))
-    return ImageSet(paths[0], info.classes, tuple(records))
+    return ImageSet(paths[0], info.classes, tuple(records), frames=frames)
 
 
 def _yes_or_no(fact: bool) -> str:

@@ -109,7 +109,6 @@ def load_program(
     classes: tuple[str, ...],
     *,
     digest: str | None,
-    shape: tuple[int, ...],
     multilabel: bool = False,
 ) -> Program:
     """Return the program in a file, in eval, if its SHA-256 is `digest`. Nothing of it is unpickled but tensors.
@@ -126,10 +125,18 @@ def load_program(
     try:
         _require_plain(content)
         with bare_tensors(), quiet():
-            graph = torch.export.load(io.BytesIO(content)).module()
+            program = torch.export.load(io.BytesIO(content))
+            graph, shape = program.module(), _shape_of(program)
     except Exception as error:  # a damaged archive makes torch raise whatever it comes to first
         raise ArtifactError(f"{path} is no program ({one_line(error)[:150]}); {advice}") from error
     return Program(graph, classes, shape=shape, multilabel=multilabel).train(False)
+
+
+def _shape_of(program: ExportedProgram) -> tuple[int, ...]:
+    """Return (C, *) of the images that a program takes, as its graph tells it."""
+    [name] = program.graph_signature.user_inputs
+    [images] = [node for node in program.graph.nodes if node.name == name]
+    return tuple(int(length) for length in images.meta["val"].shape[1:])
 
 
 def _require_plain(content: bytes) -> None:

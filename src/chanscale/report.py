@@ -118,8 +118,8 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     if layer := metrics["depth"]["layer"]:
         text += f".\nThe trunk ends behind {layer}{_describe_reading(metrics['depth'])}"
     if images:
-        patients = metrics.get("patients", images)
-        text += f".\n{images} test images of {patients} patients; in brackets 95 % bootstrap intervals"
+        patients = f" of {metrics['patients']} patients" if "patients" in metrics else ""
+        text += f".\n{images} test images{patients}; in brackets 95 % bootstrap intervals"
     if several := metrics.get("labels"):
         text += ".\nAUC by label: " + ", ".join(
             f"{printable(name)} {_value(told['auc'])}" for name, told in several.items()

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from chanscale.artifact import ModelInfo, load_model, save_model
+from chanscale.backbones import Preprocessing
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
 from chanscale.config import TIMING, FitConfig
@@ -136,7 +137,7 @@ class RunFolder:
 
     def _export(self, model: Classifier, info: ModelInfo) -> ModelInfo:
         try:
-            digest = save_program(model, info.shape, self.partial / PROGRAM)
+            digest = save_program(model, _shape_of_program(model, info), self.partial / PROGRAM)
         except ModelError as error:
             _log.warning("%s; the run can be loaded with the original network alone", error)
             return replace(info, rebuilt_by="network")
@@ -227,6 +228,13 @@ class FollowedFolder(RunFolder):
         """Write nothing."""
         del progress
         return run.info
+
+
+def _shape_of_program(model: Classifier, info: ModelInfo) -> tuple[int, ...]:
+    """Return (C, *) to export `model` for: in colour wherever it can see colour, as a model that is rebuilt does."""
+    preprocessing = model.preprocessing
+    grey = isinstance(preprocessing, Preprocessing) and preprocessing.takes_grey_alone
+    return info.shape if grey or info.space is not None else (3, *info.shape[1:])
 
 
 def _count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:

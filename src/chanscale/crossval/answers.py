@@ -47,6 +47,10 @@ class Answers:
         """What tells the patients apart, (N,)."""
         return self.images.group_keys
 
+    def count_patients(self) -> dict[str, int]:
+        """Return `patients`, how many there are, where any is known."""
+        return {"patients": len(set(self.groups.tolist()))} if self.images.has_groups else {}
+
     @property
     def out_of_fold(self) -> Shares:
         """The probabilities of whichever member left the image out, for each repeat, (R, N, K).

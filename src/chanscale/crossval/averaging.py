@@ -12,7 +12,7 @@ from chanscale.metrics import Estimate, Floats, Ints, Metric, estimate
 
 NOTES = (
     "Single: the mean of the figures of the models, not of their probabilities. Difference: the average of the models "
-    "less a single one; paired bootstrap over the patients of the test images.",
+    "less a single one; paired bootstrap over the patients of the test images, or over images where none is known.",
     "For NLL and Brier score, an average is never worse than its members are on average, on any images, since both "
     "are convex. Whether it ranks images better, the AUC alone can tell.",
     "An average takes as much time and memory as all its members.",
@@ -31,8 +31,7 @@ def judge_average(outer: Answers | None, *, resamples: int = RESAMPLES) -> dict[
     }
     gain = figures["auc"]["difference"]
     return {
-        "models": len(outer.members), "images": len(outer.images),
-        "patients": len(set(outer.groups.tolist())),
+        "models": len(outer.members), "images": len(outer.images), **outer.count_patients(),
         "helped": gain.low > 0, "hurt": gain.high < 0,
         **{name: {k: v.to_dict() for k, v in figure.items()} for name, figure in figures.items()},
         "notes": list(NOTES),

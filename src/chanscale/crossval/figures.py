@@ -19,9 +19,9 @@ NOTES = (
     "Pooled: the images of all folds together, each with the probability of the model that left it out; over several "
     "repeats the mean. Models of different folds need not mean the same by a probability, which makes a pooled AUC, if "
     "anything, lower than the mean over folds.",
-    "Intervals, 95 %: bootstrap over patients. They know of other patients, not of other trainings: the models of "
-    "two folds share most of their training images, and no unbiased estimate of the variance of a cross-validation "
-    "exists (Bengio & Grandvalet 2004). Take them as too narrow.",
+    "Intervals, 95 %: bootstrap over patients, or over images where no patient is known. They know of others, not of "
+    "other trainings: the models of two folds share most of their training images, and no unbiased estimate of the "
+    "variance of a cross-validation exists (Bengio & Grandvalet 2004). Take them as too narrow.",
     "The spread over repeats comes from other folds and other trainings on the same images; it says nothing of other "
     "patients, and does not shrink to what an interval should be by more repeats.",
     "What is judged is training on the images less a fold, which are fewer than there are.",

@@ -99,7 +99,7 @@ def _write(
     figures = {
         "format": FORMAT, "classes": list(left_out.images.classes), "folds": plan.folds, "repeats": plan.repeats,
         "images": {"folds": len(left_out.images), "test": len(kept_out.images) if kept_out else 0},
-        "patients": len(set(left_out.groups.tolist())),
+        **left_out.count_patients(),
         **judge_folds(left_out),
         "ensemble": judge_average(kept_out),
         "members": [_describe(member, folder) for member in plan.members],

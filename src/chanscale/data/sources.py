@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,21 +64,31 @@ class ImageSet:
     """Labelled images of one source; `skipped` names those left out because they are unreadable.
 
     Classes are in alphabetical order (whole numbers: by value). With two classes, index 1 is the positive
-    one. Where an image has several labels, each is a class, in the order of their columns.
+    one. Where an image has several labels, each is a class, in the order of their columns. `frames`: which of a DICOM
+    file's were asked for.
     """
 
     source: Path
     classes: tuple[str, ...]
     records: tuple[ImageRecord, ...]
     skipped: tuple[str, ...] = ()
+    frames: Frames = "first"
 
     def __len__(self) -> int:
         return len(self.records)
 
-    @property
+    @cached_property
     def is_multilabel(self) -> bool:
-        """Whether an image may have several classes, or none."""
-        return any(record.labels for record in self.records)
+        """Whether an image may have several classes, or none. Raises DataError unless all images are of one kind."""
+        several = [record for record in self.records if record.labels]
+        _require_one_kind(len(several), len(self.records), self.source)
+        for record in several:
+            if len(record.labels) != len(self.classes):
+                raise DataError(
+                    f"{clip(record.name)} of {self.source} has {len(record.labels)} labels; wanted one for each of "
+                    f"{len(self.classes)} classes: 1, 0, or {UNKNOWN} where it is unknown."
+                )
+        return bool(several)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -100,7 +111,7 @@ class ImageSet:
         """The kinds of images that a split is to balance: each class, and the absence of each of several labels."""
         return self.classes + tuple(f"without {name}" for name in self.classes if self.is_multilabel)
 
-    @property
+    @cached_property
     def dimensions(self) -> int:
         """2 for pictures, 3 for volumes. Raises DataError where both are there: a network takes one kind."""
         volumes = [record for record in self.records if record.is_volume]
@@ -119,7 +130,7 @@ class ImageSet:
     @property
     def has_groups(self) -> bool:
         """Whether a patient is known for any image."""
-        return any(record.group != record.name for record in self.records)
+        return any(record.has_patient for record in self.records)
 
     @property
     def group_keys(self) -> NDArray[Any]:
@@ -196,8 +207,9 @@ def open_images(
             f"{advice}, or leave these out with skip_bad (--skip-bad)."
         )
     _check_names(rows, source)
+    _require_one_kind(sum(row.labels is not None for row in rows), len(rows), source)
     names = _name_classes(rows, source) if classes is None else classes
-    images = ImageSet(source, names, _to_records(rows, names, group_pattern, source, frames))
+    images = ImageSet(source, names, _to_records(rows, names, group_pattern, source, frames), frames=frames)
     images = images.without(missing) if missing else images
     if classes is None:
         _check_classes(images)
@@ -216,12 +228,22 @@ def _check_names(rows: list[Row], source: Path) -> None:
         raise DataError(f"the class {clip(foreign[0])!r} of {source} is no valid UTF-8; rename its folder.")
 
 
+def _require_one_kind(several: int, count: int, source: Path) -> None:
+    """Raise DataError where some of `count` images, but not all, have several labels."""
+    if 0 < several < count:
+        raise DataError(
+            f"{source} brings images of one label and of several together ({count - several} and {several}); "
+            "keep one kind, or give each image a label for every class."
+        )
+
+
 def _name_classes(rows: list[Row], source: Path) -> tuple[str, ...]:
     several = {tuple(row.labels) for row in rows if row.labels is not None}
     if not several:
         return _order_classes({row.label for row in rows})
-    if len(several) > 1 or any(row.labels is None for row in rows):
-        raise DataError(f"{source} brings images of one label and of several together; keep one kind.")
+    if len(several) > 1:
+        one, other = (clip(", ".join(names)) for names in sorted(several)[:2])
+        raise DataError(f"{source} brings images with the labels {one} and with {other}; keep one kind.")
     return several.pop()
 
 

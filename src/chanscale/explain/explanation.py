@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from chanscale.config import Frames
 from chanscale.data.sources import describe_label
 from chanscale.errors import ConfigError
 from chanscale.explain.answers import Answer, answer_image, picture_of
@@ -40,6 +41,7 @@ def explain_run(
     data: str | Path | None = None,
     top: int = 5,
     method: Method = "class-map",
+    frames: Frames | None = None,
     progress: Progress | None = None,
 ) -> Explained:
     """Write to the new folder `out` why a run answers as it does on image files, or on all images in folders.
@@ -47,15 +49,15 @@ def explain_run(
     Of each image a picture, NAME.png, and the figures in it, NAME.json: the `top` channels by what they add to the
     logit, what feeds them, and the rest. `data`: the set that the run was made of; the class map then shows what
     differs from its mean over the training images, and `patches` what excites the channels there. `method`: the map
-    that is shown; `grad-cam` and `integrated-gradients` need captum. Raises ConfigError, ArtifactError, DataError,
-    ModelError; nothing is written then.
+    that is shown; `grad-cam` and `integrated-gradients` need captum. `frames`: of a DICOM file; default: as in
+    training. Raises ConfigError, ArtifactError, DataError, ModelError; nothing is written then.
     """
     paths = [Path(path) for path in ([images] if isinstance(images, str | Path) else images)]
     folder, own = Path(out), None if data is None else Path(data)
     _require_options(paths, top, method)
     require_new_folder(folder, beside=[*paths, *([own] if own else [])])
     needs_maps = method != "integrated-gradients"
-    survey = survey_images(Path(run), paths, own, needs_maps=needs_maps, progress=progress)
+    survey = survey_images(Path(run), paths, own, needs_maps=needs_maps, frames=frames, progress=progress)
     with whole_folder(folder) as partial:
         answers, entries = _write_answers(survey, partial, top, method, progress)
         index = _index(survey, method, entries) | _write_patches(survey, partial)

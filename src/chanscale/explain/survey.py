@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier, probabilities
+from chanscale.config import Frames
 from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.errors import ConfigError
 from chanscale.explain.chains import Chain, find_chain
@@ -60,12 +61,18 @@ class Survey:
 
 
 def survey_images(
-    run: Path, paths: Sequence[Path], data: Path | None, *, needs_maps: bool, progress: Progress | None = None
+    run: Path,
+    paths: Sequence[Path],
+    data: Path | None,
+    *,
+    needs_maps: bool,
+    frames: Frames | None = None,
+    progress: Progress | None = None,
 ) -> Survey:
     """Run a model over images, and over its training images in the set at `data`, if that is given.
 
-    `needs_maps`: whether it is an error when the network does not end in maps. Raises ConfigError, ArtifactError,
-    DataError, ModelError.
+    `needs_maps`: whether it is an error when the network does not end in maps. `frames`: of a DICOM file; default: as
+    in training. Raises ConfigError, ArtifactError, DataError, ModelError.
     """
     model, info = load_model(run)
     info.require_pictures("explain")
@@ -76,8 +83,9 @@ def survey_images(
         )
     own = None if data is None else open_own_images(data, model_path(run), info)
     images = decode_images(
-        open_unlabelled(paths, info), image_size=info.image_size, progress=_step(progress, "decoding images")
-    )
+        open_unlabelled(paths, info, frames=frames), image_size=info.image_size,
+        progress=_step(progress, "decoding images"),
+    )  # fmt: skip
     batches = _batches(images, _step(progress, "running the model"))
     if isinstance(model, Program):
         return _survey_program(model, info, images, batches)

@@ -68,14 +68,14 @@ def deploy(
     flush_denormals(network)
     size = image_size or info.image_size
     return DeployedClassifier(
-        network, image_size=size, grey_only=takes_grey_alone(model, info), volumes=info.space is not None
+        network, image_size=size, grey_only=takes_grey_alone(model), volumes=info.space is not None
     ).eval()
 
 
-def takes_grey_alone(model: Classifier | Program, info: ModelInfo) -> bool:
+def takes_grey_alone(model: Classifier | Program) -> bool:
     """Whether `model` takes images of one channel only."""
     if isinstance(model, Program):
-        return info.channels == 1
+        return model.shape[0] == 1
     return isinstance(model.preprocessing, Preprocessing) and model.preprocessing.takes_grey_alone
 
 

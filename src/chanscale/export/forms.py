@@ -72,7 +72,7 @@ def export_run(
     if int8 or form == "web":
         info.require_pictures("int8" if int8 else "web")
     own = open_own_images(Path(images), file, info) if images is not None else None
-    examples = _examples(own, info, grey_only=takes_grey_alone(model, info), progress=progress)
+    examples = _examples(own, info, grey_only=takes_grey_alone(model), progress=progress)
     if form == "torch":
         content, agreement = export_program(model, info, examples)
         return _write(target, content, agreement)
@@ -80,7 +80,7 @@ def export_run(
     if form == "web":
         page = build_page(
             graph, target, classes=info.classes, name=file.absolute().parent.name, channels=info.channels,
-            grey_only=takes_grey_alone(model, info), multilabel=info.multilabel, notice=NOTICE, progress=progress,
+            grey_only=takes_grey_alone(model), multilabel=info.multilabel, notice=NOTICE, progress=progress,
         )  # fmt: skip
         return _describe(page, agreement)
     if own and int8:

@@ -143,7 +143,8 @@ def _time(
 def count_macs(deployed: DeployedClassifier, info: ModelInfo, image_size: int) -> int:
     """Return the multiplications that a network does for one image, without the resize."""
     network = deployed.network
-    images = torch.zeros(1, info.channels, image_size, image_size)
+    channels = network.shape[0] if isinstance(network, Program) else info.channels
+    images = torch.zeros(1, channels, image_size, image_size)
     with FlopCounterMode(display=False) as counter:
         (network.graph if isinstance(network, Program) else network)(images)
     return int(counter.get_total_flops()) // 2

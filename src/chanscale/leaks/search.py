@@ -23,7 +23,7 @@ def find_leaks(
     *,
     run: Path | str | None = None,
     group_pattern: str | None = None,
-    frames: Frames = "first",
+    frames: Frames | None = None,
     skip_bad: bool = False,
     workers: int = 2,
     table: Path | None = None,
@@ -31,7 +31,8 @@ def find_leaks(
 ) -> Findings:
     """Return the pairs of images that show one exposure, and what they spoil.
 
-    `run`: a run folder whose sides, patients and frames count; without, the sides are those that `data` itself gives.
+    `run`: a run folder whose sides, patients and frames count; without, the sides are those that `data` itself gives,
+    and `frames` says which of a DICOM file's are taken; default: the first.
     `table`: where `write_groups` is to write later; checked before the work. Raises DataError, ArtifactError,
     ConfigError.
     """
@@ -72,16 +73,16 @@ def describe(found: Findings) -> str:
 
 
 def _open(
-    data: Path, run: Path | None, group_pattern: str | None, frames: Frames, skip_bad: bool
+    data: Path, run: Path | None, group_pattern: str | None, frames: Frames | None, skip_bad: bool
 ) -> tuple[ImageSet, dict[str, Side | None]]:
     if run is None:
-        images = open_images(data, group_pattern=group_pattern, skip_bad=skip_bad, frames=frames)
+        images = open_images(data, group_pattern=group_pattern, skip_bad=skip_bad, frames=frames or "first")
         return images, {record.name: record.split for record in images.records}
     if group_pattern is not None:
         raise ConfigError(
             f"{run} knows its patients; group_pattern={group_pattern!r} is for images without a run"
         )
-    if frames != "first":
+    if frames is not None:
         raise ConfigError(f"{run} knows its frames; frames={frames!r} is for images without a run")
     images, splits = open_own_images(data, model_path(run), load_model(run)[1])
     return images, {images.records[index].name: side for index, side in splits.side_of.items()}
