@@ -228,10 +228,11 @@ def warn_of_imbalance(config: FitConfig, images: DecodedImages, splits: Splits) 
         return
     has, what = ("have", "label") if images.images.is_multilabel else ("are", "class")
     never = "more probable than not" if images.images.is_multilabel else "the most probable one"
-    others = ", and --sensitivity" if len(names) == 2 and not images.images.is_multilabel else ""
+    positive = len(names) == 2 and rarest == 1 and not images.images.is_multilabel
+    advice = "--sensitivity, which calls it more often" if positive else "--balance"
     _log.warning(
-        "of %d training images, %d %s %s: a %s so rare may never be %s; consider --balance%s",
-        len(strata), counts[rarest], has, names[rarest], what, never, others,
+        "of %d training images, %d %s %s: a %s so rare may never be %s; consider %s",
+        len(strata), counts[rarest], has, names[rarest], what, never, advice,
     )  # fmt: skip
 
 
