@@ -126,11 +126,13 @@ def test_a_rare_class_is_told_of_unless_it_is_weighed(caplog) -> None:
         assert not caplog.text
         warn_of_imbalance(tiny_config(), tiny_images(), RARE)
     assert "of 13 training images, 1 are yes" in caplog.text
-    assert "--sensitivity" in caplog.text and "--balance" not in caplog.text
+    assert "--sensitivity" in caplog.text
+    assert "--balance" not in caplog.text
 
 
 def test_a_threshold_is_no_help_where_the_negative_class_is_the_rare_one(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         warn_of_imbalance(tiny_config(), tiny_images(), replace(RARE, train=(0, *range(1, 24, 2))))
     assert "of 13 training images, 1 are no:" in caplog.text
-    assert "--balance" in caplog.text and "--sensitivity" not in caplog.text
+    assert "--balance" in caplog.text
+    assert "--sensitivity" not in caplog.text
