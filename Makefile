@@ -3,11 +3,12 @@
 # make check    lint, types, tests
 # make package  build sdist and wheel, install the wheel where nothing else is, and use it
 # make licences the licence of everything that the package needs; fails where one is not allowed
-# CI runs the last three.
+# CI runs the last three, and fuzz-short.
 #
 # make lock     write the lock files anew, after a change of pyproject.toml or constraints.txt
 # make sbom     what is installed, as CycloneDX: dist/chanscale.cdx.json
-# make fuzz     changed files for each reader, for a few minutes; installs atheris (Linux) in a folder of its own
+# make fuzz     changed files for each reader, for a few minutes; installs atheris (Linux) in a folder of its own;
+#               fuzz-short: 200 of them for each
 # make audit    known vulnerabilities of what is locked; needs PyPI's own service
 #
 # What is installed is locked: by version, and by the SHA-256 of each file. LOCK=0 goes by version alone.
@@ -20,7 +21,7 @@ LOCK ?= 1
 BIN := .venv/bin
 TOOLS := .venv/tools/bin
 
-.PHONY: demo test lint types check package licences lock sbom audit fuzz clean
+.PHONY: demo test lint types check package licences lock sbom audit fuzz fuzz-short clean
 
 demo: .venv/installed
 	$(BIN)/chanscale demo
@@ -60,6 +61,10 @@ FUZZ_SECONDS ?= 20
 
 fuzz: .venv/installed-dev .venv/fuzz/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/fuzz $(BIN)/python tools/fuzz.py all --seconds $(FUZZ_SECONDS)
+
+# With one seed: where this fails, it is for a change of the code.
+fuzz-short: .venv/installed-dev .venv/fuzz/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/fuzz $(BIN)/python tools/fuzz.py all --runs 200 --seconds 60 --seed 1
 
 .venv/fuzz/installed: .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target .venv/fuzz atheris==3.0.0

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="read this input alone")
     parser.add_argument("--runs", type=int, default=-1, help="inputs at most, of each target")
     parser.add_argument("--seconds", type=int, default=20, help="seconds at most, for each target")
+    parser.add_argument("--seed", type=int, default=0, help="of the changes; 0: another each time")
     options = parser.parse_args()
     targets = load_targets()
     if options.target not in (*targets, "all"):
@@ -116,6 +117,7 @@ def fuzz(name: str, folder: Path, options: argparse.Namespace) -> None:
     limits = [f"-timeout={SECONDS_OF_ONE}", f"-rss_limit_mb={MIB}", f"-max_total_time={options.seconds}"]
     told = [
         f"-runs={options.runs}",
+        f"-seed={options.seed}",
         f"-dict={folder / 'words'}",
         f"-artifact_prefix={FOUND / name}-",
         "-max_len=65536",
