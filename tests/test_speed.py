@@ -16,8 +16,9 @@ from chanscale.pipeline import scale_and_select
 from chanscale.progress import Watcher
 from chanscale.report_page.card import describe_training
 from chanscale.runs import RunFolder
-from chanscale.speed import remembered, settling, steps
-from chanscale.speed.choice import Calibration, Choice
+from chanscale.speed import other_work, remembered, settling, steps
+from chanscale.speed.choice import Calibration, Choice, Measurement
+from chanscale.speed.other_work import OtherWork
 from chanscale.speed.remembered import path_of, recall, remember
 from chanscale.speed.settling import adopt, recall_speed, settle_speed
 from chanscale.speed.steps import TrainingStep
@@ -305,6 +306,29 @@ def test_a_damaged_note_is_found_anew(trying, tmp_path):
     fit_tiny()
     assert trying.times == 2
     assert json.loads(note.read_text())["found"]["chosen"]["threads"] == 1
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.2, False), (0.6, True)])
+def test_what_was_found_beside_other_work_is_kept_and_told_of(trying, monkeypatch, caplog, share, told):
+    trying.found = FOUND.model_copy(
+        update={"measured": (Measurement(knob="threads", value=1, rate=2.0, turns=3),)}
+    )
+    monkeypatch.setattr(settling, "OtherWork", lambda: SimpleNamespace(share=share))
+    assert settle() == settle() == trying.found
+    assert trying.times == 1
+    assert ("other work took 60 %" in caplog.text) is told
+    assert len(caplog.records) == told
+
+
+def test_other_work_is_what_the_processors_did_beside_this_job(monkeypatch):
+    read = iter([(100.0, 400.0, 10.0), (170.0, 500.0, 30.0), (170.0, 500.0, 130.0)])
+    monkeypatch.setattr(other_work, "_read_times", lambda: next(read))
+    work = OtherWork()
+    assert work.share == pytest.approx(0.5)
+    assert work.share == 0.0  # clocks that do not quite agree
+    monkeypatch.undo()
+    work = OtherWork()
+    assert 0 <= work.share <= 1
 
 
 def test_a_resumed_run_computes_as_it_was_begun(trying, tmp_path):

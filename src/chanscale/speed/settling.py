@@ -1,5 +1,6 @@
 """How a run computes: as it was begun, as given, as found here before, or as found by trying now."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,8 @@ from chanscale.learning import count_repeats
 from chanscale.progress import Watcher
 from chanscale.schedule import plan_epochs
 from chanscale.speed.choice import Calibration, Choice
-from chanscale.speed.remembered import describe_processors, recall, remember
+from chanscale.speed.other_work import OtherWork
+from chanscale.speed.remembered import describe_processors, path_of, recall, remember
 from chanscale.speed.steps import Draws, TrainingStep
 from chanscale.speed.turns import Knobs, Turns, calibrate, describe_turns, find_faster
 from chanscale.team import agree, is_main, team_size
@@ -30,8 +32,13 @@ FLEETING = SHORT / 6
 SHARE, MOST = 0.03, 60.0
 """Of the estimated training, what trying may take; and seconds that it may take at most."""
 
+BUSY = 0.25
+"""Share of the processors that other work may take while speed is tried, before that is worth a word."""
+
 AMPLE = 2
 """How many times faster than they are trained on images must be decoded, for more workers to be of no use."""
+
+_log = logging.getLogger(__name__)
 
 
 def recall_speed(notes: Mapping[str, Any], config: FitConfig) -> Calibration:
@@ -88,6 +95,7 @@ def _find(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher,
     start: Choice, facts: Mapping[str, Any],
 ) -> Calibration:  # fmt: skip
+    others = OtherWork()
     step = TrainingStep(model, data, splits, config)
     typical = _warm_up(step.time, start)
     seconds = agree(typical / step.images * _count_images(splits, config) / team_size())
@@ -107,7 +115,18 @@ def _find(
     found = agree(found)
     if is_main() and seconds >= FLEETING:
         remember(facts, found)
+        _warn_of(others, found, facts)
     return found
+
+
+def _warn_of(others: OtherWork, found: Calibration, facts: Mapping[str, Any]) -> None:
+    """Say so where other work had its part in what was `found`, which later runs will keep to."""
+    share = others.share
+    if found.measured and share > BUSY:
+        _log.warning(
+            "other work took %.0f %% of the processors while speed was tried, and what was found is kept; "
+            "when it is over, remove %s to have it tried again", 100 * share, path_of(facts),
+        )  # fmt: skip
 
 
 def _state_facts(
