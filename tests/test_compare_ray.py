@@ -107,6 +107,7 @@ def wait_for(port: int) -> None:
 
 def test_cells_on_ray_are_those_of_processes(data, tiny, tmp_path, capsys, monkeypatch, address, hook):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as many as a cell has on Ray
+    monkeypatch.setattr(ray_cells, "PATIENCE", 300.0)  # of a busy machine
     asked = ["--methods=chanscale", "--only-folds=1", "--sizes=10", "--tries=1"]
     assert compare(data, tmp_path / "ray", *asked, "--ray", address) == 0
     out, err = words(capsys)
