@@ -28,7 +28,8 @@ from test_cli import OPTIONS, draw, error_of, loaded_by_help, words
 
 CONFIG = {
     "backbone": "tiny", "image_size": 32, "budget": 0.5, "round_to": 1, "scale_epochs": 2, "refine_epochs": 1,
-    "precision": "32-true", "group_pattern": "^(\\d+)_", "batch_size": 8, "micro_batch": 8, "workers": 0, "speed": "off",
+    "precision": "32-true", "group_pattern": "^(\\d+)_", "batch_size": 8, "micro_batch": 8, "workers": 0,
+    "speed": "off",
 }  # fmt: skip
 
 
