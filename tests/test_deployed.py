@@ -6,11 +6,12 @@ import torch
 
 from chanscale.data.images import FULL_RANGE, read_image
 from chanscale.export.agreement import TOLERANCE, compare, predict_image, raw_pixels
-from chanscale.export.deployed import deploy, flush_denormals, takes_grey_alone
+from chanscale.export.deployed import deploy, flush_denormals
 from chanscale.export.examples import draw_examples, spread
 from chanscale.export.lanczos import LanczosResize, lanczos_weights
 from chanscale.folding import fold_grey
 from chanscale.heads import PooledHead
+from chanscale.programs import takes_grey_alone
 from networks import attach, build_classifier, describe, images, set_scales
 
 

@@ -81,6 +81,10 @@ class ModelInfo:
         """The columns of a table that hold the labels; None where an image has one class."""
         return self.classes if self.multilabel else None
 
+    def choose_frames(self, wanted: Frames | None) -> Frames:
+        """Return which frames of a DICOM file to take: those `wanted`, or else those that it was trained on."""
+        return wanted or self.frames or "first"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of an image as the model takes it: (C, S, S), or (C, S, S, S) for volumes."""

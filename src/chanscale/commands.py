@@ -110,7 +110,7 @@ def evaluate(
     model, info = load_predictor(run_folder)
     images = open_images(
         data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad,
-        frames=frames or info.frames or "first", label_columns=info.label_columns,
+        frames=info.choose_frames(frames), label_columns=info.label_columns,
     )  # fmt: skip
     images = _take_unseen(images, run_folder)
     warn_about_patients(images, group_pattern, "which makes the intervals too narrow")

@@ -158,7 +158,6 @@ def _run(
             if classifier is whole
             else judge_head(whole, images, splits, config, watcher),
             "seconds": 0.0,
-            "precision": speed.chosen.precision,
             "speed": speed.to_dict(),
             "original": _identify(original),
         }

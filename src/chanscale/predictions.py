@@ -182,7 +182,7 @@ def open_unlabelled(paths: Sequence[Path], info: ModelInfo, *, frames: Frames | 
     """
     files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
     records = (ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
-    frames = frames or info.frames or "first"
+    frames = info.choose_frames(frames)
     if frames == "all":
         records = (frame for record in records for frame in spread_frames(record))
     return ImageSet(paths[0], info.classes, tuple(records), frames=frames)

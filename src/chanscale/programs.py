@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from chanscale.backbones import Preprocessing
+from chanscale.classifier import Classifier
 from chanscale.errors import ArtifactError, ModelError, one_line
 from chanscale.files import write_atomically
 from chanscale.safe_loading import bare_tensors
@@ -56,6 +58,13 @@ class Program(nn.Module):
         del mode
         self.training = False  # not passed on: an exported graph refuses to hear of it
         return self
+
+
+def takes_grey_alone(model: Classifier | Program) -> bool:
+    """Whether `model` takes images of one channel only."""
+    if isinstance(model, Program):
+        return model.shape[0] == 1
+    return isinstance(model.preprocessing, Preprocessing) and model.preprocessing.takes_grey_alone
 
 
 @torch.no_grad()

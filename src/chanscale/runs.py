@@ -10,7 +10,6 @@ from typing import Any
 from filelock import FileLock
 
 from chanscale.artifact import ModelInfo, load_model, save_model
-from chanscale.backbones import Preprocessing
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
 from chanscale.config import TIMING, FitConfig
@@ -23,7 +22,7 @@ from chanscale.files import claiming, is_full, read_json, to_json, write_atomica
 from chanscale.novelty.detector import Verdict
 from chanscale.novelty.fitting import fit_novelty
 from chanscale.novelty.storage import NOVELTY, save_novelty
-from chanscale.programs import PROGRAM, save_program
+from chanscale.programs import PROGRAM, save_program, takes_grey_alone
 from chanscale.report import write_history, write_plots
 from chanscale.report_page.material import Material
 from chanscale.report_page.writing import REPORT, write_report
@@ -232,9 +231,9 @@ class FollowedFolder(RunFolder):
 
 def _shape_of_program(model: Classifier, info: ModelInfo) -> tuple[int, ...]:
     """Return (C, *) to export `model` for: in colour wherever it can see colour, as a model that is rebuilt does."""
-    preprocessing = model.preprocessing
-    grey = isinstance(preprocessing, Preprocessing) and preprocessing.takes_grey_alone
-    return info.shape if grey or info.space is not None else (3, *info.shape[1:])
+    if takes_grey_alone(model) or info.space is not None:
+        return info.shape
+    return 3, *info.shape[1:]
 
 
 def _count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from chanscale.artifact import ModelInfo
 from chanscale.attaching import merge_scales
-from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, probabilities
 from chanscale.data.images import FULL_RANGE
 from chanscale.export.lanczos import LanczosResize
-from chanscale.programs import Program, quiet
+from chanscale.programs import Program, quiet, takes_grey_alone
 from chanscale.scaling import ChannelScale
 
 WHITE = 255.0
@@ -70,13 +69,6 @@ def deploy(
     return DeployedClassifier(
         network, image_size=size, grey_only=takes_grey_alone(model), volumes=info.space is not None
     ).eval()
-
-
-def takes_grey_alone(model: Classifier | Program) -> bool:
-    """Whether `model` takes images of one channel only."""
-    if isinstance(model, Program):
-        return model.shape[0] == 1
-    return isinstance(model.preprocessing, Preprocessing) and model.preprocessing.takes_grey_alone
 
 
 def dynamic_axes(deployed: DeployedClassifier) -> dict[int, Any]:

@@ -12,7 +12,6 @@ from chanscale.data.splits import Splits
 from chanscale.delta import save_delta
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.export.agreement import Agreement
-from chanscale.export.deployed import takes_grey_alone
 from chanscale.export.examples import draw_cubes, draw_examples, read_cubes, read_whole, spread
 from chanscale.export.int8_trial import Int8Trial, try_int8
 from chanscale.export.onnx_file import export_onnx
@@ -21,6 +20,7 @@ from chanscale.export.quantising import CALIBRATION, quantise_onnx
 from chanscale.export.web import build_page
 from chanscale.files import require_writable, write_atomically
 from chanscale.own_images import judged_images, open_own_images
+from chanscale.programs import takes_grey_alone
 from chanscale.wording import NOTICE
 
 Form = Literal["onnx", "torch", "web", "delta"]
