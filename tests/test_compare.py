@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,21 @@ def test_a_try_is_trained_at_its_rate_and_the_default_is_the_middle(data, tiny, 
     scores = [json.dumps(results[lr]["test"]["scores"]) for lr in (None, *rates)]
     assert scores[0] == scores[2]
     assert len(set(scores)) == 3
+
+
+@pytest.mark.parametrize("method", ["random", "select-only"])
+def test_channels_of_ours_are_lent_to_a_cell_that_would_find_the_same(data, tiny, method):
+    ours = run_cell(spec_of(data, "chanscale"))
+    alone, lent = spec_of(data, method), replace(spec_of(data, method), ours=ours)
+    assert lent.digest == alone.digest
+    assert CellSpec.from_json(lent.to_json()) == lent
+
+    found, told = run_cell(alone), run_cell(lent)
+    for name in ("test", "validation_auc", "parameters", "macs", "images", "lr", "digest"):
+        assert told[name] == found[name]
+    assert told["seconds"] > ours["seconds"]
+    assert told["processor_seconds"] > ours["processor_seconds"]
+    assert told["peak_memory_bytes"] >= ours["peak_memory_bytes"]
 
 
 def test_images_that_have_changed_are_noticed(data, tiny):

@@ -148,6 +148,40 @@ def test_a_damaged_cell_is_run_again_and_named(folder, damage):
     assert folder.results() == ([], [path])
 
 
+def lend(folder, *, tolerance=None, **ours) -> dict[str, dict | None]:
+    """What the cells of a training set are lent, in their order, once that of ours came to `ours`."""
+    plan = replace(PLAN, methods=("random", "head", "chanscale"), sizes=(None,), chosen=(0,), seeds=(0,))
+    plan = replace(plan, config=plan.config.model_copy(update={"tolerance": tolerance}))
+    specs = plan.specs(Path("data"), make_images(), "32-true")
+    lent = folder.lend_channels(specs)
+    first = [next(lent), next(lent)]  # that of ours is run while the last one waits for its turn
+    result = make_result(specs[-1].cell, digest=specs[-1].digest) | {"processor_seconds": 4.0} | ours
+    write_cell(folder.cells, result)
+    return {spec.cell.method: spec.ours for spec in (*first, *lent)}
+
+
+def test_the_channels_of_ours_are_lent_to_those_that_would_fit_it_again(folder):
+    channels = {"depth": {"layer": None, "without": [], "aucs": {}}, "kept": {"trunk.0": [1, 3]}}
+    lent = lend(folder, channels=channels)
+    assert list(lent) == ["head", "chanscale", "random"]
+    assert lent["head"] is lent["chanscale"] is None
+    assert lent["random"] == {
+        "channels": channels, "seconds": 3.0, "processor_seconds": 4.0, "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        {},
+        {"channels": {"kept": {}}, "digest": "of other options"},
+        {"channels": {"kept": {}}, "tolerance": 0.01},
+    ],
+)
+def test_channels_that_are_not_known_or_of_another_fit_are_not_lent(folder, ours):
+    assert lend(folder, **ours)["random"] is None
+
+
 def test_a_cell_under_another_name_is_not_taken(folder):
     path = write_cell(folder.cells, make_result(PLAN.cells[0]))
     assert read_cell(path.rename(folder.cells / "head-n50-f0-s0.json")) is None

@@ -164,7 +164,8 @@ def _run(
 
     failed = 0
     try:
-        with closing(run_cells(specs, runner.run, jobs=jobs, stop=runner.stop)) as cells:
+        lent = folder.lend_channels(specs)
+        with closing(run_cells(lent, runner.run, jobs=jobs, stop=runner.stop)) as cells:
             for spec, error in cells:
                 done, failed = done + 1, failed + bool(error)
                 complain(f"{done}/{total} {spec.cell.name}: {_settle(spec, error, folder)}")

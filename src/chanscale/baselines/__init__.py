@@ -19,6 +19,7 @@ from chanscale.baselines.full import train_full
 from chanscale.baselines.head import train_head
 from chanscale.baselines.last_block import train_last_block
 from chanscale.baselines.magnitude import train_magnitude
+from chanscale.baselines.our_channels import OurChannels
 from chanscale.baselines.random_channels import train_random
 from chanscale.baselines.scale import train_scale
 from chanscale.baselines.scratch import train_scratch
@@ -44,7 +45,8 @@ BASELINES: dict[str, Callable[..., Trained]] = {
 }
 """Each takes (classifier, data, splits, config, watcher) and returns a trained classifier and its history.
 
-Those of LEARNING_RATES also take `lr`. The row of the history that is `chosen` is that of the classifier returned.
+Those of LEARNING_RATES also take `lr`, those of ON_OUR_CHANNELS what is `found`. The row of the history that is
+`chosen` is that of the classifier returned.
 """
 
 LEARNING_RATES: dict[str, tuple[float, ...]] = {
@@ -62,9 +64,14 @@ LEARNING_RATES: dict[str, tuple[float, ...]] = {
 """Three to choose from by validation; the middle one is the default. `head`, `best-layer` and `select-only` choose the
 penalty of their linear head themselves."""
 
+ON_OUR_CHANNELS = frozenset({"random", "select-only"})
+"""Methods that begin with a fit of ours, or with the channels that one found on the same images."""
+
 __all__ = [
     "BASELINES",
     "LEARNING_RATES",
+    "ON_OUR_CHANNELS",
+    "OurChannels",
     "train_best_layer",
     "train_bias",
     "train_full",

@@ -13,14 +13,13 @@ from chanscale.config import FitConfig
 from chanscale.costs import TrunkCost, trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
-from chanscale.depth import choose_depth, end_trunk
 from chanscale.errors import ConfigError
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 from chanscale.pruning import prune_channels, share
 from chanscale.schedule import Moment
 from chanscale.selection import ChannelSelection, WidthRule, keep_within
-from chanscale.training import fit, width_rule
+from chanscale.training import width_rule
 
 Importance = dict[str, Tensor]
 """What each channel is worth, shape (width,), by the group's name."""
@@ -73,19 +72,6 @@ def later_epochs(config: FitConfig) -> list[Moment]:
     if not later:
         raise ConfigError("a network cut in one shot must be trained again: use refine_epochs of at least 1")
     return later
-
-
-def find_our_channels(
-    model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
-) -> tuple[Classifier, ChannelSelection]:
-    """Return `model` as deep as scale-and-select uses it, and the channels that it leaves of that at the budget.
-
-    The network knows its groups.
-    """
-    at_budget = config.model_copy(update={"tolerance": None})
-    depth = choose_depth(model, data, splits, at_budget, watcher)
-    shorter = know_groups(end_trunk(model, depth, data.batch(splits.train[:2])[0]), data, splits)
-    return shorter, ChannelSelection(fit(shorter, data, splits, at_budget, watcher=watcher).kept)
 
 
 def tune_all(tuner: FineTuner, model: Classifier, moments: Sequence[Moment], lr: float) -> Trained:

@@ -2,8 +2,9 @@
 
 import torch
 
-from chanscale.baselines.cutting import find_our_channels, later_epochs
+from chanscale.baselines.cutting import later_epochs
 from chanscale.baselines.fine_tuning import Trained, middle
+from chanscale.baselines.our_channels import OurChannels, find_our_channels
 from chanscale.baselines.refining import LEARNING_RATES, cut, refine
 from chanscale.channels import free_groups
 from chanscale.classifier import Classifier
@@ -18,16 +19,16 @@ from chanscale.training import start
 
 def train_random(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher,
-    *, lr: float | None = None,
+    *, lr: float | None = None, found: OurChannels | None = None,
 ) -> Trained:  # fmt: skip
     """Return `model` cut to random channels, its scales and head refined, and a row for each epoch of that.
 
-    The depth and the widths are those that `fit` finds, which it is run for; the epochs are those in which `fit`
-    refines. Where channels of one group cost differently (they pass through a part of a layer), the budget is met
-    nearly.
+    The depth and the widths are those that `fit` finds, which it is run for unless they are `found`; the epochs are
+    those in which `fit` refines. Where channels of one group cost differently (they pass through a part of a layer),
+    the budget is met nearly.
     """
     moments = later_epochs(config)
-    shorter, ours = find_our_channels(model, data, splits, config, watcher)
+    shorter, ours = find_our_channels(model, data, splits, config, watcher, found=found)
     whole = {group.name: group.width for group in free_groups(shorter)}
     drawn = draw_channels(ours.widths, whole, seed=config.seed)
     state = cut(start(shorter, data, splits, config), drawn, data, splits, config)

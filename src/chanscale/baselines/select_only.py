@@ -1,8 +1,8 @@
 """The channels of scale-and-select without its scales: is selection itself worth something?"""
 
-from chanscale.baselines.cutting import find_our_channels
 from chanscale.baselines.fine_tuning import Trained
 from chanscale.baselines.head import train_head
+from chanscale.baselines.our_channels import OurChannels, find_our_channels
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
@@ -12,8 +12,12 @@ from chanscale.pruning import prune_channels
 
 
 def train_select_only(
-    model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
-) -> Trained:
-    """Return the slices of `model` that `fit` keeps, with a linear head; a row for each strength of its penalty."""
-    shorter, ours = find_our_channels(model, data, splits, config, watcher)
+    model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher,
+    *, found: OurChannels | None = None,
+) -> Trained:  # fmt: skip
+    """Return the slices of `model` that `fit` keeps, with a linear head; a row for each strength of its penalty.
+
+    `found`: what it keeps, where that is known; else `fit` is run for it.
+    """
+    shorter, ours = find_our_channels(model, data, splits, config, watcher, found=found)
     return train_head(prune_channels(shorter, ours), data, splits, config, watcher)

@@ -3,32 +3,38 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, Self
 
-from chanscale.baselines import BASELINES
+import torch
+
+from chanscale.baselines import BASELINES, ON_OUR_CHANNELS, OurChannels
 from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
 from chanscale.comparison.folds import learning_and_test, split_for_cell
-from chanscale.comparison.methods import is_ours, learning_rates
+from chanscale.comparison.methods import OURS, is_ours, learning_rates
 from chanscale.config import READING, TIMING, FitConfig, before_it_existed
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import SIDES, Splits, split_images
+from chanscale.depth import Depth
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.metrics import mean_auc, metrics_for
 from chanscale.pipeline import describe_resources, load_images, open_classifier, open_path, scale_and_select
 from chanscale.progress import Watcher
+from chanscale.selection import ChannelSelection
 
 FORMAT = "chanscale-cell/1"
 IDLE_OPTIONS = READING | TIMING
 """Options that change nothing of a cell: methods are compared as they come from training, before probabilities are
 calibrated."""
+
+MEMORY = "peak_memory_bytes"
 
 Result = dict[str, Any]
 
@@ -60,7 +66,8 @@ class CellSpec:
 
     `images`: digest of the list of images. `config`: that of this cell, with its seed and the options of its method.
     `younger`: options that there were not when the grid was begun; they count where they are
-    not what they came to then.
+    not what they came to then. `ours`: the cell of ours on the same images, without its scores, whose channels this one
+    takes; its figures are those that they would be if it had found them itself.
     """
 
     cell: Cell
@@ -70,6 +77,7 @@ class CellSpec:
     fold_seed: int
     config: FitConfig
     younger: frozenset[str] = frozenset()
+    ours: Result | None = field(default=None, hash=False)
 
     @property
     def digest(self) -> str:
@@ -84,7 +92,7 @@ class CellSpec:
 
     def to_json(self) -> str:
         """Return one line; `from_json` takes it back."""
-        return json.dumps(self._facts() | {"younger": sorted(self.younger)})
+        return json.dumps(self._facts() | {"younger": sorted(self.younger), "ours": self.ours})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -97,6 +105,13 @@ class CellSpec:
     def run(self) -> Result:
         """Return what came of the cell. Raises ChanscaleError."""
         return run_cell(self)
+
+    def find_ours(self) -> Self | None:
+        """Return the spec of ours on the same images, if this cell is of a method that begins with a fit of it."""
+        # With a tolerance, ours goes on behind the budget, where the others have nothing to look for.
+        if self.cell.method not in ON_OUR_CHANNELS or self.config.tolerance is not None:
+            return None
+        return replace(self, cell=replace(self.cell, method=OURS, lr=None))
 
     def write(self, folder: Path, result: Result) -> Path:
         """Write the file of the cell into `folder`, whole or not at all, and return its path."""
@@ -113,12 +128,13 @@ class CellSpec:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A trained classifier; parameters and MACs of its trunk before and after; the machine it took."""
+    """A trained classifier; parameters and MACs of its trunk before and after; the machine it took; what ours found."""
 
     model: Classifier
     trunk: tuple[int, int]
     kept: tuple[int, int]
     machine: dict[str, Any]
+    channels: OurChannels | None = None
 
 
 def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
@@ -138,6 +154,10 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     train = _train_ours if is_ours(spec.cell.method) else _train_baseline
     trained = train(spec, learning, config, watcher)
     spent = {"seconds": perf_counter() - began, "processor_seconds": process_time() - computed}
+    machine = trained.machine
+    if spec.ours:
+        spent = {name: seconds + spec.ours[name] for name, seconds in spent.items()}
+        machine = machine | {MEMORY: max(machine[MEMORY], spec.ours[MEMORY])}
     seen, unseen = load_images(learning, config, watcher), load_images(test, config, watcher)
     return {
         "format": FORMAT, "digest": spec.digest, "cell": asdict(spec.cell), "classes": list(images.classes),
@@ -146,7 +166,8 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "parameters": _describe_change(trained.trunk[0], trained.kept[0]),
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
-        **{name: round(seconds, 2) for name, seconds in spent.items()}, **trained.machine,
+        "channels": trained.channels and trained.channels.to_dict(),
+        **{name: round(seconds, 2) for name, seconds in spent.items()}, **machine,
     }  # fmt: skip
 
 
@@ -210,9 +231,11 @@ def _learning_rate(spec: CellSpec) -> float | None:
 def _train_ours(_: CellSpec, images: ImageSet, config: FitConfig, watcher: Watcher) -> _Trained:
     run = scale_and_select(config.backbone, images, config=config, watcher=watcher)
     sizes = run.metrics["parameters"], run.metrics["macs"]
-    machine = {name: run.metrics[name] for name in ("peak_memory_bytes", "threads", "versions")}
+    machine = {name: run.metrics[name] for name in (MEMORY, "threads", "versions")}
     before, after = (tuple(size[name] for size in sizes) for name in ("trunk", "kept"))
-    return _Trained(run.model, (before[0], before[1]), (after[0], after[1]), machine)
+    kept = {name: torch.tensor(channels) for name, channels in run.info.kept.items()}
+    found = OurChannels(Depth.from_dict(run.metrics["depth"]), ChannelSelection(kept))
+    return _Trained(run.model, (before[0], before[1]), (after[0], after[1]), machine, found)
 
 
 def _train_baseline(spec: CellSpec, images: ImageSet, config: FitConfig, watcher: Watcher) -> _Trained:
@@ -220,8 +243,10 @@ def _train_baseline(spec: CellSpec, images: ImageSet, config: FitConfig, watcher
     splits = split_images(decoded.images, validation=config.validation, test=0, seed=config.seed)
     _, classifier = open_classifier(config.backbone, decoded, splits, config, watcher)
     before = _sizes(classifier, decoded)
-    rate = {} if spec.cell.lr is None else {"lr": spec.cell.lr}
-    model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher, **rate)
+    own: dict[str, Any] = {} if spec.cell.lr is None else {"lr": spec.cell.lr}
+    if spec.ours:
+        own["found"] = OurChannels.from_dict(spec.ours["channels"])
+    model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher, **own)
     return _Trained(model.eval(), before, _sizes(model, decoded), describe_resources())
 
 

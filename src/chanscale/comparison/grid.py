@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from chanscale.comparison.cells import (
     IDLE_OPTIONS,
+    MEMORY,
     Cell,
     CellSpec,
     Result,
@@ -133,6 +134,21 @@ class GridFolder:
         """Return those whose cell is not there, or damaged, or of other options."""
         found = {spec: read_cell(cell_path(self.cells, spec.cell)) for spec in specs}
         return [spec for spec, result in found.items() if not result or result["digest"] != spec.digest]
+
+    def lend_channels(self, specs: Sequence[CellSpec]) -> Iterator[CellSpec]:
+        """Yield `specs`; those that begin with a fit of ours come last, and have its channels where its cell is there.
+
+        A cell is looked for when its turn comes, so that it may have been run meanwhile.
+        """
+        for spec in sorted(specs, key=lambda spec: spec.find_ours() is not None):
+            yield replace(spec, ours=self._read_ours(spec))
+
+    def _read_ours(self, spec: CellSpec) -> Result | None:
+        ours = spec.find_ours()
+        result = read_cell(cell_path(self.cells, ours.cell)) if ours else None
+        if ours is None or result is None or result["digest"] != ours.digest or not result.get("channels"):
+            return None
+        return {name: result[name] for name in ("channels", "seconds", "processor_seconds", MEMORY)}
 
     def results(self) -> tuple[list[Result], list[Path]]:
         """Return what the cells that are there came to, and the files that are damaged."""

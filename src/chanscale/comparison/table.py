@@ -104,7 +104,7 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
         "Tries: cells that differ in the learning rate alone; of these, the one with the best validation AUC counts. "
         "1-3: some have fewer.",
         "Seconds: of the chosen training, from files to a trained classifier; processor s: those computed meanwhile, "
-        "on all threads together.",
+        "on all threads together. Those of random and select-only hold the fit of ours whose channels they begin with.",
     ]
     if reference and len({row.method for row in rows}) > 1:
         notes.insert(
