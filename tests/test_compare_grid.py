@@ -12,6 +12,7 @@ from chanscale.comparison.cells import FORMAT, Cell, CellSpec, digest_images, re
 from chanscale.comparison.differences import Scores, paired_difference
 from chanscale.comparison.drawing import draw_grid
 from chanscale.comparison.grid import GridFolder, Plan
+from chanscale.comparison.plots import draw_accuracy_size
 from chanscale.comparison.processes import run_cells
 from chanscale.comparison.table import choose, make_rows, to_csv, to_markdown
 from chanscale.config import FitConfig
@@ -464,3 +465,24 @@ def test_nothing_to_draw_is_an_error(folder, tmp_path):
         draw_grid(folder)
     with pytest.raises(ArtifactError, match="there is no grid at"):
         draw_grid(GridFolder(tmp_path / "nowhere"))
+
+
+def test_many_methods_look_different_and_a_line_joins_ours_at_its_budgets():
+    methods = [
+        "head", "best-layer", "full", "last-block", "scratch", "scale", "bias", "random", "taylor", "magnitude",
+        "chanscale", "chanscale@0.99", "chanscale+round_to=1",
+    ]  # fmt: skip
+    rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
+    for place, row in enumerate(rows):
+        for result in row.results:
+            result["parameters"] = {**result["parameters"], "kept": 1000 - place}
+    figure = draw_accuracy_size(rows)
+    [axes], [legend] = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.texts] == methods
+    marks = [container.lines[0] for container in axes.containers]
+    assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == len(methods)
+    [line] = [line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2]
+    assert line.get_xdata().tolist() == [
+        1000 - methods.index("chanscale@0.99"),
+        1000 - methods.index("chanscale"),
+    ]

@@ -37,6 +37,11 @@ def is_ours(method: str) -> bool:
     return re.split("[@+]", method, maxsplit=1)[0] == OURS
 
 
+def is_ours_at_a_budget(method: str) -> bool:
+    """Tell whether this is our method, with no option of its own but the budget."""
+    return is_ours(method) and "+" not in method
+
+
 def configure(method: str, config: FitConfig, *, seed: int, lr: float | None = None) -> FitConfig:
     """Return `config` for one cell of `method`; `lr`: None for its default. Raises ConfigError."""
     own: dict[str, Any] = {"seed": seed}

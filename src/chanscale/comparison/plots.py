@@ -7,26 +7,43 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
 
+from chanscale.comparison.methods import is_ours_at_a_budget
 from chanscale.comparison.table import Row, find, sort_sizes
 
 _COLOURS = ("#c44e52", "#3b76af", "#e1812c", "#3a923a", "#845b97", "#7f7f7f", "#b8a11d", "#2aa3a3", "#d684bd")
+_MARKERS = "osv^D"
+"""Of the first methods, of those that have the same colours again, and so on."""
+
+_BESIDE = 8
+"""More methods than this are told beside the axes, where they hide nothing."""
+
+Look = tuple[str, str]
+"""A colour and a marker."""
 
 
 def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     """Draw the test AUC of each method against the parameters it keeps, on the most training images there are.
 
-    A small point is a cell, the large one their mean with its 95 % interval.
+    A small point is a cell, the large one their mean with its 95 % interval. A line joins ours at its budgets.
     """
     most = sort_sizes(row.size for row in rows)[-1]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="parameters kept in the trunk", ylabel="test AUC")
-    colours = _choose_colours(rows)
+    looks = _choose_looks(rows)
     for row in rows:
         if row.size == most:
             kept = [find(result, "parameters", "kept") for result in row.results]
             aucs = [find(result, "auc") for result in row.results]
-            axes.scatter(kept, aucs, color=colours[row.method], alpha=0.35, s=14, linewidths=0)
-            _mark(axes, [row.mean("parameters", "kept")], [row], colours[row.method], line=False)
+            colour, marker = looks[row.method]
+            axes.scatter(kept, aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
+            _mark(axes, [row.mean("parameters", "kept")], [row], looks[row.method], line=False)
+    ours = [
+        (row.mean("parameters", "kept"), row.auc.value)
+        for row in rows
+        if row.size == most and is_ours_at_a_budget(row.method)
+    ]
+    if len(ours) > 1:
+        axes.plot(*zip(*sorted(ours), strict=True), color="#999999", linewidth=1)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("all training images" if most is None else f"{most} training images", fontsize="medium")
@@ -37,9 +54,9 @@ def draw_small_data(rows: Sequence[Row]) -> Figure:
     """Draw the test AUC of each method against the number of its training images, with 95 % intervals."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="training images", ylabel="test AUC")
-    for method, colour in _choose_colours(rows).items():
+    for method, look in _choose_looks(rows).items():
         own = [row for row in rows if row.method == method]
-        _mark(axes, [row.mean("images", "train") for row in own], own, colour, line=True)
+        _mark(axes, [row.mean("images", "train") for row in own], own, look, line=True)
     places = sorted({round(row.mean("images", "train")) for row in rows})
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -47,25 +64,29 @@ def draw_small_data(rows: Sequence[Row]) -> Figure:
     return _finish(figure, axes)
 
 
-def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], colour: str, *, line: bool) -> None:
+def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], look: Look, *, line: bool) -> None:
     means = [row.auc.value for row in rows]
     arms = [
         [0 if math.isnan(row.auc.low) else row.auc.value - row.auc.low for row in rows],
         [0 if math.isnan(row.auc.high) else row.auc.high - row.auc.value for row in rows],
     ]
     axes.errorbar(
-        places, means, arms, color=colour, marker="o", markersize=7, capsize=3, linewidth=1.2,
+        places, means, arms, color=look[0], marker=look[1], markersize=7, capsize=3, linewidth=1.2,
         linestyle="-" if line else "none", label=rows[0].method, zorder=3,
     )  # fmt: skip
 
 
-def _choose_colours(rows: Sequence[Row]) -> dict[str, str]:
+def _choose_looks(rows: Sequence[Row]) -> dict[str, Look]:
+    looks = [(colour, marker) for marker in _MARKERS for colour in _COLOURS]
     methods = dict.fromkeys(row.method for row in rows)
-    return {method: _COLOURS[place % len(_COLOURS)] for place, method in enumerate(methods)}
+    return {method: looks[place % len(looks)] for place, method in enumerate(methods)}
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize="small", loc="best")
+    if len(axes.get_legend_handles_labels()[1]) > _BESIDE:
+        figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+    else:
+        axes.legend(frameon=False, fontsize="small", loc="best")
     return figure
