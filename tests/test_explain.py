@@ -276,7 +276,7 @@ def test_json_is_the_index(made, tmp_path, capsys):
         (["--top", "0"], "Invalid value for '--top'"),
         (["--method", "magic"], "is not one of 'class-map'"),
         (["--images", "nowhere"], "nowhere does not exist"),
-        (["--out", "there"], "there is there already; remove it, or name another --out"),
+        (["--out", "there"], "there exists already; remove it, or name another --out"),
         (["--out", "no/where"], "is no folder that can be written to"),
         (["missing.png"], "missing.png does not exist"),
         (["there/text.png"], "text.png: wanted a PNG, JPEG, TIFF or DICOM image"),
@@ -326,7 +326,7 @@ def test_what_breaks_off_leaves_nothing_behind(made, tmp_path, monkeypatch):
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(made, tmp_path, monkeypatch):
     monkeypatch.setattr(explanation, "_index", lambda *_: (tmp_path / "out").mkdir() or {})
-    with pytest.raises(ArtifactError, match="is there already"):
+    with pytest.raises(ArtifactError, match="exists already"):
         explain_run(made[0], first_images(made[1], 1), out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert list((tmp_path / "out").iterdir()) == []

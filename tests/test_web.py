@@ -113,7 +113,7 @@ def test_the_html_is_the_same_for_every_model(cached, home):
 def test_what_is_there_already_is_refused_and_stays(cached, home, kind):
     there = home / "site"
     there.write_text("mine") if kind == "file" else there.mkdir()
-    with pytest.raises(ArtifactError, match="is there already; remove it"):
+    with pytest.raises(ArtifactError, match="exists already; remove it"):
         build_page(b"", there, **ABOUT)
     assert there.read_text() == "mine" if kind == "file" else not list(there.iterdir())
 

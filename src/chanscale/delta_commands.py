@@ -40,12 +40,11 @@ def restore(
 ) -> None:
     """Rebuild the model file of a run from its delta and the public weights, byte for byte."""
     from chanscale.delta import Restorer
-    from chanscale.files import write_atomically
+    from chanscale.files import require_absent, write_atomically
     from chanscale.provenance import Origins
 
     target = out_path if out_path.suffix == ".safetensors" else out_path / "model.safetensors"
-    if target.exists():
-        raise ArtifactError(f"{target} exists already; choose another --out, or remove it")
+    require_absent(target)
     with watching() as watcher:
         content = Restorer(Origins(weights=weights, progress=watcher.on_step)).rebuild(delta)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,12 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written; name another file")
 
 
+def require_absent(path: Path) -> None:
+    """Check that nothing lies at `path`, where a file or a folder is to be made. Raises ArtifactError."""
+    if os.path.lexists(path):
+        raise ArtifactError(f"{path} exists already; remove it, or name another --out")
+
+
 @contextmanager
 def claiming(folder: Path) -> Iterator[None]:
     """Say in one line why `folder` cannot be taken: its lock is held, or it cannot be written. Raises ArtifactError."""
@@ -51,8 +57,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with claiming(folder):
             partial.mkdir()
         yield partial
-        if os.path.lexists(folder):  # made meanwhile: a rename would take the place of an empty folder
-            raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
+        require_absent(folder)  # made meanwhile: a rename would take the place of an empty folder
         with claiming(folder):
             partial.rename(folder)
     except BaseException:

@@ -18,7 +18,7 @@ from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
 from chanscale.depth import WHOLE, Depth
 from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError, one_line
-from chanscale.files import claiming, is_full, read_json, to_json, write_atomically
+from chanscale.files import claiming, is_full, read_json, require_absent, to_json, write_atomically
 from chanscale.novelty.detector import Verdict
 from chanscale.novelty.fitting import fit_novelty
 from chanscale.novelty.storage import NOVELTY, save_novelty
@@ -44,8 +44,7 @@ class RunFolder:
     def open(cls, out: Path, config: FitConfig, *, resume: bool) -> "RunFolder":
         """Check that the run can be written to `out`; writes nothing. Raises ArtifactError, ConfigError."""
         folder = cls(out, config)
-        if out.exists():
-            raise ArtifactError(f"{out} exists already; choose another --out, or remove it")
+        require_absent(out)
         if folder.partial.exists() and not resume:
             raise ArtifactError(
                 f"{folder.partial} holds an unfinished run; go on with --resume, or remove it"

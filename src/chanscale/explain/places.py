@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from chanscale.errors import ArtifactError, ConfigError
+from chanscale.errors import ConfigError
+from chanscale.files import require_absent
 from chanscale.wording import printable
 
 _RESERVED = frozenset(
@@ -29,8 +30,7 @@ def require_new_folder(folder: Path, *, beside: Sequence[Path]) -> None:
 
     Raises ArtifactError, ConfigError.
     """
-    if os.path.lexists(folder):
-        raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
+    require_absent(folder)
     for images in beside:
         if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
             raise ConfigError(f"--out {folder} lies in the images' folder {images}; choose one beside it")

@@ -10,7 +10,7 @@ from chanscale.data.images import Pixels
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits
 from chanscale.delta import save_delta
-from chanscale.errors import ArtifactError, ConfigError
+from chanscale.errors import ConfigError
 from chanscale.export.agreement import Agreement
 from chanscale.export.examples import draw_cubes, draw_examples, read_cubes, read_whole, spread
 from chanscale.export.int8_trial import Int8Trial, try_int8
@@ -18,7 +18,7 @@ from chanscale.export.onnx_file import export_onnx
 from chanscale.export.program_file import export_program
 from chanscale.export.quantising import CALIBRATION, quantise_onnx
 from chanscale.export.web import build_page
-from chanscale.files import require_writable, write_atomically
+from chanscale.files import require_absent, require_writable, write_atomically
 from chanscale.own_images import judged_images, open_own_images
 from chanscale.programs import takes_grey_alone
 from chanscale.wording import NOTICE
@@ -108,8 +108,8 @@ def _find_target(file: Path, form: str, out: str | Path | None, *, int8: bool) -
     if int8 and form != "onnx":
         raise ConfigError(f"int8 is for ONNX alone, not for {form}; leave it out")
     target = Path(out) if out is not None else file.with_name(INT8_FILE if int8 else FILES[form])
-    if form == "web" and target.exists():
-        raise ArtifactError(f"{target} exists already; remove it, or choose another --out")
+    if form == "web":
+        require_absent(target)
     require_writable(target)
     return target
 

@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 
 from chanscale.errors import ArtifactError, one_line
-from chanscale.files import claiming, is_file, to_json, whole_folder, write_atomically
+from chanscale.files import claiming, is_file, require_absent, to_json, whole_folder, write_atomically
 from chanscale.weight_sources import Progress
 from chanscale.weights import cache_folder
 
@@ -90,8 +90,7 @@ def build_page(
     `multilabel`: an image may have several of the classes, or none. `name` and `notice` are shown as text. Raises
     ArtifactError, also when `folder` is there already or the runtime is not to be had.
     """
-    if os.path.lexists(folder):
-        raise ArtifactError(f"{folder} is there already; remove it, or name another --out")
+    require_absent(folder)
     about = {
         "format": FORMAT, "name": name, "classes": list(classes), "channels": channels, "grey_only": grey_only,
         "multilabel": multilabel, "notice": notice, "bytes": len(model), "runtime": RUNTIME.package,
