@@ -161,10 +161,28 @@ def test_a_frozen_block_keeps_one_feature_map_where_plain_operations_keep_three(
     assert plain.count(output) == 2  # what is scaled, and what comes out of the ReLU
 
 
-def test_the_first_convolution_keeps_nothing_of_the_image():
-    layer = frozen(nn.Conv2d(3, 5, 3, padding=1))
-    shapes, _ = saved_shapes(lambda: layer(torch.randn(2, 3, 8, 8)))
-    assert shapes == [(2, 5, 8, 8)]
+@pytest.mark.parametrize(("outputs", "kept"), [(5, (2, 3, 8, 8)), (2, (2, 2, 8, 8))])
+def test_the_first_convolution_keeps_the_image_or_its_map_whichever_is_smaller(outputs, kept):
+    layer = nn.Conv2d(3, outputs, 3, padding=1).requires_grad_(False)
+    freeze(layer)
+    add_scale(layer, relu=True)
+    assert saved_shapes(lambda: layer(torch.randn(2, 3, 8, 8)))[0] == [kept]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"bias": False}]
+)
+def test_what_is_convolved_again_has_the_gradients_of_what_is_kept_to_the_last_bit(options, dtype):
+    layer = frozen(nn.Conv2d(3, 5, 3, **options))
+    x, gradients = torch.randn(2, 3, 8, 8), []
+    for needs_gradient in (False, True):  # with one for the image, the map is kept
+        layer.channel_scale.weight.grad = None
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            layer(x.clone().requires_grad_(needs_gradient)).square().sum().backward()
+        gradients.append(layer.channel_scale.weight.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
 
 
 def test_without_gradients_nothing_is_kept():

@@ -68,8 +68,11 @@ def _device_of(layer: nn.Module) -> torch.device | None:
     return tensors[0].device if tensors else None
 
 
-def _apply_scale(layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-    return cast(Tensor, layer._modules[SCALE](output))  # type: ignore[misc]
+def _apply_scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    scale = cast(ChannelScale, layer._modules[SCALE])
+    if scale.relu and torch.is_grad_enabled() and _is_cheaper_made_anew(layer, inputs, output):
+        return _scale_relu_anew(inputs[0], output, scale.weight, cast(FrozenConv, layer))
+    return cast(Tensor, scale(output))
 
 
 class AbsorbedReLU(nn.ReLU):
@@ -90,6 +93,13 @@ class FrozenConv(_ConvNd):
             return _frozen_conv(input, weight, bias, self)
         output: Tensor = super()._conv_forward(input, weight, bias)
         return output
+
+
+def _is_cheaper_made_anew(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
+    """Whether `layer` is the first of a network, whose maps are large, while it has next to nothing to compute."""
+    if not isinstance(layer, FrozenConv) or output.requires_grad:
+        return False
+    return len(inputs) == 1 and inputs[0].numel() < output.numel()  # none: it was given by name
 
 
 class FrozenNorm(nn.Module):
@@ -177,16 +187,39 @@ class _ScaleReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         z, scale = ctx.saved_tensors
-        # At a scale of 0 the ReLU is differentiated from the right: a channel that reached 0 can come back.
-        before_relu = z * _per_channel(torch.where(scale == 0, 1.0, scale), z)
-        # The result takes the place of `before_relu`: it is maps like these that memory goes to, not weights.
-        grad = torch.ops.aten.threshold_backward.grad_input(grad, before_relu, 0, grad_input=before_relu)
-        # A scale is a batch norm with mean 0 and variance 1; its kernel forms both gradients in one pass.
-        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-        grad_z, grad_scale, _ = torch.ops.aten.native_batch_norm_backward(
-            grad, z, scale, zeros, ones, None, None, False, 0.0, [ctx.needs_input_grad[0], True, False]
-        )
-        return grad_z, grad_scale
+        return _scale_relu_gradients(grad, z, scale, of_z=ctx.needs_input_grad[0])
+
+
+class _ScaleReLUAnew(torch.autograd.Function):
+    """relu(scale * z) behind the first convolution, which remembers the image alone and convolves it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, scale: Tensor, conv: FrozenConv) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.conv, ctx.dtype = conv, z.dtype  # that of autocast, which backward knows nothing of
+        return (z * _per_channel(scale, z)).relu_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        (x, scale), conv, dtype = ctx.saved_tensors, ctx.conv, ctx.dtype
+        bias = None if conv.bias is None else conv.bias.to(dtype)
+        z = conv._conv_forward(x.to(dtype), conv.weight.to(dtype), bias)
+        return None, None, _scale_relu_gradients(grad, z, scale, of_z=False)[1], None
+
+
+def _scale_relu_gradients(
+    grad: Tensor, z: Tensor, scale: Tensor, *, of_z: bool
+) -> tuple[Tensor | None, Tensor]:
+    # At a scale of 0 the ReLU is differentiated from the right: a channel that reached 0 can come back.
+    before_relu = z * _per_channel(torch.where(scale == 0, 1.0, scale), z)
+    # The result takes the place of `before_relu`: it is maps like these that memory goes to, not weights.
+    grad = torch.ops.aten.threshold_backward.grad_input(grad, before_relu, 0, grad_input=before_relu)
+    # A scale is a batch norm with mean 0 and variance 1; its kernel forms both gradients in one pass.
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    grad_z, grad_scale, _ = torch.ops.aten.native_batch_norm_backward(
+        grad, z, scale, zeros, ones, None, None, False, 0.0, [of_z, True, False]
+    )
+    return grad_z, grad_scale
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -232,6 +265,10 @@ class _FrozenNormalisation(torch.autograd.Function):
 
 def _scale_relu(z: Tensor, scale: Tensor) -> Tensor:
     return cast(Tensor, _ScaleReLU.apply(z, scale))  # type: ignore[no-untyped-call]
+
+
+def _scale_relu_anew(x: Tensor, z: Tensor, scale: Tensor, conv: FrozenConv) -> Tensor:
+    return cast(Tensor, _ScaleReLUAnew.apply(x, z, scale, conv))  # type: ignore[no-untyped-call]
 
 
 def _frozen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, conv: _ConvNd) -> Tensor:
