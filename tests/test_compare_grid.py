@@ -486,3 +486,12 @@ def test_many_methods_look_different_and_a_line_joins_ours_at_its_budgets():
         1000 - methods.index("chanscale@0.99"),
         1000 - methods.index("chanscale"),
     ]
+
+
+@pytest.mark.parametrize(("aucs", "high"), [((0.8, 0.99), 1.0), ((0.8, 0.81, 0.8), 0.818)])
+def test_no_interval_of_an_auc_goes_past_1(aucs, high):
+    cells = [make_result(Cell("head", None, fold, 0)) | {"auc": auc} for fold, auc in enumerate(aucs)]
+    [row] = make_rows(cells, ["head"])
+    assert row.auc.value == pytest.approx(np.mean(aucs))
+    assert row.auc.high == pytest.approx(high, abs=1e-3)
+    assert 0 <= row.auc.low < row.auc.value

@@ -100,7 +100,7 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     reference = next((row.method for row in rows if row.difference is None), None)
     notes = [
         "Means over cells. In brackets, 95 %: behind the AUC a t interval over cells, whose training images overlap, "
-        "which makes it somewhat narrow.",
+        "which makes it somewhat narrow; it ends at 1.",
         "Tries: cells that differ in the learning rate alone; of these, the one with the best validation AUC counts. "
         "1-3: some have fewer.",
         "Seconds: of the chosen training, from files to a trained classifier; processor s: those computed meanwhile, "
@@ -158,8 +158,13 @@ def _make_row(
         common = sorted(own.keys() & (ours or {}).keys())
         difference = paired_difference([_pair(choose((ours or {})[key]), chosen[key]) for key in common])
     counts = [len(tries) for tries in own.values()]
-    auc = mean_interval([find(result, "auc") for result in chosen.values()])
+    auc = _cut_off(mean_interval([find(result, "auc") for result in chosen.values()]))
     return Row(method, size, tuple(chosen.values()), (min(counts), max(counts)), auc, difference)
+
+
+def _cut_off(auc: Estimate) -> Estimate:
+    """Return the interval of an AUC without what lies outside of 0 and 1, where a t interval of few cells may reach."""
+    return Estimate(auc.value, max(auc.low, 0.0), min(auc.high, 1.0))
 
 
 def _pair(ours: Result, other: Result) -> tuple[Scores, Scores]:
