@@ -8,8 +8,6 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, Self
 
-import torch
-
 from chanscale.baselines import BASELINES, ON_OUR_CHANNELS, OurChannels
 from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
@@ -20,14 +18,12 @@ from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import SIDES, Splits, split_images
-from chanscale.depth import Depth
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.metrics import mean_auc, metrics_for
 from chanscale.pipeline import describe_resources, load_images, open_classifier, open_path, scale_and_select
 from chanscale.progress import Watcher
-from chanscale.selection import ChannelSelection
 
 FORMAT = "chanscale-cell/1"
 IDLE_OPTIONS = READING | TIMING
@@ -166,7 +162,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "parameters": _describe_change(trained.trunk[0], trained.kept[0]),
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
-        "channels": trained.channels and trained.channels.to_dict(),
+        **({"channels": trained.channels.to_dict()} if trained.channels else {}),
         **{name: round(seconds, 2) for name, seconds in spent.items()}, **machine,
     }  # fmt: skip
 
@@ -233,8 +229,7 @@ def _train_ours(_: CellSpec, images: ImageSet, config: FitConfig, watcher: Watch
     sizes = run.metrics["parameters"], run.metrics["macs"]
     machine = {name: run.metrics[name] for name in (MEMORY, "threads", "versions")}
     before, after = (tuple(size[name] for size in sizes) for name in ("trunk", "kept"))
-    kept = {name: torch.tensor(channels) for name, channels in run.info.kept.items()}
-    found = OurChannels(Depth.from_dict(run.metrics["depth"]), ChannelSelection(kept))
+    found = OurChannels.from_dict({"depth": run.metrics["depth"], "kept": run.info.kept})
     return _Trained(run.model, (before[0], before[1]), (after[0], after[1]), machine, found)
 
 
