@@ -71,7 +71,7 @@ def _device_of(layer: nn.Module) -> torch.device | None:
 def _apply_scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     scale = cast(ChannelScale, layer._modules[SCALE])
     if scale.relu and torch.is_grad_enabled() and _is_cheaper_made_anew(layer, inputs, output):
-        return _scale_relu_anew(inputs[0], output, scale.weight, cast(FrozenConv, layer))
+        return _scale_relu(output, scale.weight, inputs[0], cast(FrozenConv, layer))
     return cast(Tensor, scale(output))
 
 
@@ -177,49 +177,36 @@ def soft_threshold(scale: Tensor, step: Tensor | float) -> Tensor:
 
 
 class _ScaleReLU(torch.autograd.Function):
-    """relu(scale * z), which remembers z alone: autograd would keep z, and the output for the ReLU."""
+    """relu(scale * z), which remembers z alone: autograd would keep z, and the output for the ReLU.
+
+    Given the convolution that made z, it remembers what that convolved, `x`, and does so again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(z, scale)
-        return (z * _per_channel(scale, z)).relu_()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        z, scale = ctx.saved_tensors
-        return _scale_relu_gradients(grad, z, scale, of_z=ctx.needs_input_grad[0])
-
-
-class _ScaleReLUAnew(torch.autograd.Function):
-    """relu(scale * z) behind the first convolution, which remembers the image alone and convolves it again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, scale: Tensor, conv: FrozenConv) -> Tensor:
-        ctx.save_for_backward(x, scale)
+    def forward(ctx: Any, z: Tensor, scale: Tensor, x: Tensor | None, conv: FrozenConv | None) -> Tensor:
+        ctx.save_for_backward(z if conv is None else x, scale)
         ctx.conv, ctx.dtype = conv, z.dtype  # that of autocast, which backward knows nothing of
         return (z * _per_channel(scale, z)).relu_()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
-        (x, scale), conv, dtype = ctx.saved_tensors, ctx.conv, ctx.dtype
-        bias = None if conv.bias is None else conv.bias.to(dtype)
-        z = conv._conv_forward(x.to(dtype), conv.weight.to(dtype), bias)
-        return None, None, _scale_relu_gradients(grad, z, scale, of_z=False)[1], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        kept, scale = ctx.saved_tensors
+        z = kept if ctx.conv is None else _convolve_again(ctx.conv, kept, ctx.dtype)
+        # At a scale of 0 the ReLU is differentiated from the right: a channel that reached 0 can come back.
+        before_relu = z * _per_channel(torch.where(scale == 0, 1.0, scale), z)
+        # The result takes the place of `before_relu`: it is maps like these that memory goes to, not weights.
+        grad = torch.ops.aten.threshold_backward.grad_input(grad, before_relu, 0, grad_input=before_relu)
+        # A scale is a batch norm with mean 0 and variance 1; its kernel forms both gradients in one pass.
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        grad_z, grad_scale, _ = torch.ops.aten.native_batch_norm_backward(
+            grad, z, scale, zeros, ones, None, None, False, 0.0, [ctx.needs_input_grad[0], True, False]
+        )
+        return grad_z, grad_scale, None, None
 
 
-def _scale_relu_gradients(
-    grad: Tensor, z: Tensor, scale: Tensor, *, of_z: bool
-) -> tuple[Tensor | None, Tensor]:
-    # At a scale of 0 the ReLU is differentiated from the right: a channel that reached 0 can come back.
-    before_relu = z * _per_channel(torch.where(scale == 0, 1.0, scale), z)
-    # The result takes the place of `before_relu`: it is maps like these that memory goes to, not weights.
-    grad = torch.ops.aten.threshold_backward.grad_input(grad, before_relu, 0, grad_input=before_relu)
-    # A scale is a batch norm with mean 0 and variance 1; its kernel forms both gradients in one pass.
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    grad_z, grad_scale, _ = torch.ops.aten.native_batch_norm_backward(
-        grad, z, scale, zeros, ones, None, None, False, 0.0, [of_z, True, False]
-    )
-    return grad_z, grad_scale
+def _convolve_again(conv: FrozenConv, x: Tensor, dtype: torch.dtype) -> Tensor:
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return conv._conv_forward(x.to(dtype), conv.weight.to(dtype), bias)
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -263,12 +250,8 @@ class _FrozenNormalisation(torch.autograd.Function):
         ), None
 
 
-def _scale_relu(z: Tensor, scale: Tensor) -> Tensor:
-    return cast(Tensor, _ScaleReLU.apply(z, scale))  # type: ignore[no-untyped-call]
-
-
-def _scale_relu_anew(x: Tensor, z: Tensor, scale: Tensor, conv: FrozenConv) -> Tensor:
-    return cast(Tensor, _ScaleReLUAnew.apply(x, z, scale, conv))  # type: ignore[no-untyped-call]
+def _scale_relu(z: Tensor, scale: Tensor, x: Tensor | None = None, conv: FrozenConv | None = None) -> Tensor:
+    return cast(Tensor, _ScaleReLU.apply(z, scale, x, conv))  # type: ignore[no-untyped-call]
 
 
 def _frozen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, conv: _ConvNd) -> Tensor:

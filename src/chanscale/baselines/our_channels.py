@@ -24,14 +24,9 @@ class OurChannels:
     depth: Depth
     selection: ChannelSelection
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; `from_dict` takes them back."""
-        kept = {name: indices.tolist() for name, indices in self.selection.kept.items()}
-        return {"depth": self.depth.to_dict(), "kept": kept}
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the channels that `to_dict` told."""
+        """Return the channels of a run: `depth`, of its metrics, and `kept`, of its model."""
         kept = {name: torch.tensor(indices, dtype=torch.long) for name, indices in values["kept"].items()}
         return cls(Depth.from_dict(values["depth"]), ChannelSelection(kept))
 
@@ -47,6 +42,6 @@ def find_our_channels(
     at_budget = config.model_copy(update={"tolerance": None})
     depth = found.depth if found else choose_depth(model, data, splits, at_budget, watcher)
     shorter = know_groups(end_trunk(model, depth, data.batch(splits.train[:2])[0]), data, splits)
-    if found:
-        return shorter, found.selection
-    return shorter, ChannelSelection(fit(shorter, data, splits, at_budget, watcher=watcher).kept)
+    if found is None:
+        return shorter, ChannelSelection(fit(shorter, data, splits, at_budget, watcher=watcher).kept)
+    return shorter, found.selection

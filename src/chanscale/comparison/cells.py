@@ -130,7 +130,7 @@ class _Trained:
     trunk: tuple[int, int]
     kept: tuple[int, int]
     machine: dict[str, Any]
-    channels: OurChannels | None = None
+    channels: dict[str, Any] | None = None
 
 
 def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
@@ -162,7 +162,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "parameters": _describe_change(trained.trunk[0], trained.kept[0]),
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
-        **({"channels": trained.channels.to_dict()} if trained.channels else {}),
+        **({"channels": trained.channels} if trained.channels else {}),
         **{name: round(seconds, 2) for name, seconds in spent.items()}, **machine,
     }  # fmt: skip
 
@@ -229,7 +229,7 @@ def _train_ours(_: CellSpec, images: ImageSet, config: FitConfig, watcher: Watch
     sizes = run.metrics["parameters"], run.metrics["macs"]
     machine = {name: run.metrics[name] for name in (MEMORY, "threads", "versions")}
     before, after = (tuple(size[name] for size in sizes) for name in ("trunk", "kept"))
-    found = OurChannels.from_dict({"depth": run.metrics["depth"], "kept": run.info.kept})
+    found = {"depth": run.metrics["depth"], "kept": run.info.kept}
     return _Trained(run.model, (before[0], before[1]), (after[0], after[1]), machine, found)
 
 
