@@ -73,12 +73,50 @@ def test_law_7_the_same_seed_gives_the_same_run(undisturbed):
     assert without_seconds(other.history) != without_seconds(state.history)
 
 
-def test_law_7_holds_for_a_network_that_draws_at_random():
+def drawing_classifier():
     model = tiny_classifier()
     model.trunk.append(torch.nn.Dropout(0.3))
+    return model
+
+
+def test_law_7_holds_for_a_network_that_draws_at_random():
+    model = drawing_classifier()
     first = fit(model, DATA, SPLITS, tiny_config())
     torch.manual_seed(99)
     assert same_tensors(fit(model, DATA, SPLITS, tiny_config()).model, first.model)
+
+
+@pytest.mark.parametrize("trunk", [tiny_classifier, drawing_classifier])
+def test_what_is_computed_again_trains_as_what_is_kept_to_the_last_bit(trunk):
+    kept, half, again = (
+        fit(trunk(), DATA, SPLITS, tiny_config(micro_batch=2, recompute=share)).model for share in (0, 0.5, 1)
+    )
+    assert same_tensors(half, kept)
+    assert same_tensors(again, kept)
+
+
+def count_kept_maps(recompute):
+    """Return the bytes of the largest set of maps that are alive at once for the gradients of an epoch."""
+    alive, most = [0], [0]
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+            alive[0] += self.size
+            most[0] = max(most[0], alive[0])
+
+        def __del__(self):
+            alive[0] -= self.size
+
+    config = tiny_config(micro_batch=2, scale_epochs=1, refine_epochs=0, recompute=recompute)
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        fit(tiny_classifier(), DATA, SPLITS, config)
+    return most[0]
+
+
+def test_the_more_is_computed_again_the_less_is_kept():
+    all_kept, half, none = (count_kept_maps(share) for share in (0, 0.5, 1))
+    assert none < half < all_kept
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])

@@ -28,7 +28,7 @@ _MOST_TOLD = 5
 WORKERS = 2
 """Threads that decode images, where nothing else is said or found."""
 
-BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False, "speed": "off"}
+BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False, "speed": "off", "recompute": 0.0}
 """What an option came to before there was such an option, where that was not its default."""
 
 
@@ -192,6 +192,13 @@ class FitConfig(BaseModel):
     micro_batch: int = Field(
         5, ge=1, description="Images of a step that the trunk computes at a time; fewer take less memory."
     )
+    recompute: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of a step whose maps are computed again when its gradients are, instead of kept until then; "
+        "the results are the same. 0: least time; 1: least memory.",
+    )
 
     # --- how probabilities are read, settled on validation images
     calibrate: bool = Field(
@@ -315,7 +322,7 @@ class _Loader(yaml.SafeLoader):
 
 DECODING = frozenset({"workers", "cache_gib"})
 """Options that change nothing but the time and the memory that decoding takes."""
-TIMING = DECODING | {"speed"}
+TIMING = DECODING | {"speed", "recompute"}
 """Options that fits which are compared may differ in, and that a resumed run may change: what it computes stays."""
 READING = frozenset({"calibrate", "sensitivity", "coverage"})
 """Options that say how probabilities are read, when training is over."""

@@ -34,6 +34,7 @@ class EpochRunner(Learner):
     ) -> None:  # fmt: skip
         super().__init__(data, splits, config, watcher)
         self.penalty, self.anchored, self.channels_last = penalty, anchored, channels_last
+        self.recompute = config.recompute
 
     def run(self, state: TrainingState, moment: Moment) -> None:
         """Run the epoch `moment` and add its row to the history."""

@@ -1,12 +1,13 @@
 """What every way of training shares: batches, gradients, statistics and validation."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from chanscale.classifier import Classifier, class_weights, classification_loss, probabilities
 from chanscale.config import FitConfig
@@ -28,7 +29,12 @@ SAMPLE = 200
 
 
 class Learner:
-    """The images of a run and the device it runs on; knows how to pass a batch forth and back."""
+    """The images of a run and the device it runs on; knows how to pass a batch forth and back.
+
+    `recompute`: the share of a step whose maps are not kept for its gradients, but computed again.
+    """
+
+    recompute = 0.0
 
     def __init__(self, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher) -> None:
         self.data, self.config, self.watcher = data, config, watcher
@@ -62,7 +68,7 @@ class Learner:
         images, labels = self.fabric.to_device((self._augment(batch.images, epoch, done), batch.labels))
         with self.fabric.autocast():
             parts = images.split(self.config.micro_batch)
-            own = [model.head.pool(model.feature_map(part)) for part in own_parts(parts)]
+            own = self._read(model, own_parts(parts))
             loss = classification_loss(model.head(merge_parts(own, parts)), labels, self.weights).mean()
         self.fabric.backward(loss)
         self._merge_gradients(model)
@@ -72,6 +78,20 @@ class Learner:
                 f"the loss became {total} in epoch {epoch}; use --precision 32-true, or a lower --head-lr"
             )
         return total
+
+    def _read(self, model: Classifier, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the pooled features (N, C) of each part of a batch.
+
+        Maps are kept for the gradients of the last ones alone; those of the others are computed again when it is
+        their turn, and gradients come from the last to the first (Chen et al. 2016, section 3).
+        """
+
+        def read(part: Tensor) -> Tensor:
+            return model.head.pool(model.feature_map(part))
+
+        forgotten = round(self.recompute * len(parts))
+        first = [checkpoint(read, part, use_reentrant=False) for part in parts[:forgotten]]
+        return [*first, *(read(part) for part in parts[forgotten:])]
 
     def _merge_gradients(self, model: Classifier) -> None:
         head = list(model.head.parameters())
