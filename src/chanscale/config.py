@@ -81,7 +81,7 @@ class FitConfig(BaseModel):
         None, description="Class that counts as positive when there are two; default: the last in order."
     )
     validation: float = Field(
-        0.15, gt=0, lt=1, description="Share of the images that chooses the best epoch."
+        0.15, gt=0, lt=1, description="Share of the images that chooses the epoch and the head."
     )
     test: float = Field(
         0.2, ge=0, lt=1, description="Share of the images kept for the final figures; 0: none."
