@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_network_and_leaves_the_given_one_alone(met
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_classifier_returned_is_that_of_the_chosen_row(method):
-    model, history = train(method, config=tiny_config(epoch="best"))
+    model, history = trained(method)
     (chosen,) = (row for row in history if row["chosen"])
     learner = Learner(DATA, SPLITS, tiny_config(), Watcher())
     assert learner.validate(model)["validation_auc"] == pytest.approx(chosen["validation_auc"])

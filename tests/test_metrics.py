@@ -13,7 +13,6 @@ from chanscale.metrics import (
     metrics_for,
     sensitivity,
     specificity,
-    standard_error,
 )
 
 
@@ -153,23 +152,3 @@ def test_the_area_is_that_of_scikit_learn_with_ties_too(levels):
         positive = rng.permutation(np.arange(40) < rng.integers(1, 40))
         wanted = roc_auc_score(positive, scores)
         assert area_under_roc(scores, positive) == pytest.approx(wanted, abs=1e-12)
-
-
-@pytest.mark.parametrize(("positives", "negatives", "shift"), [(40, 60, 1.5), (15, 90, 1.0), (200, 200, 2.0)])
-def test_the_standard_error_is_that_of_many_draws(positives, negatives, shift):
-    rng = np.random.default_rng(0)
-    labels = np.repeat([1, 0], [positives, negatives])
-    aucs = [area_under_roc(rng.normal(size=len(labels)) + shift * labels, labels == 1) for _ in range(3000)]
-    assert standard_error(float(np.mean(aucs)), labels) == pytest.approx(np.std(aucs), rel=0.15)
-
-
-def test_the_standard_error_of_an_auc_of_1_is_that_of_half_an_image_short_of_it():
-    labels = np.repeat([1, 0], [10, 30])
-    assert standard_error(1.0, labels) == standard_error(0.95, labels) > 0
-
-
-def test_the_standard_error_of_several_labels_is_their_mean():
-    one, other = np.repeat([1, 0], [10, 30]), np.repeat([1, 0, -1], [20, 10, 10])
-    both = standard_error(0.9, np.stack([one, other], axis=1))
-    assert both == pytest.approx((standard_error(0.9, one) + standard_error(0.9, other[:30])) / 2)
-    assert np.isnan(standard_error(0.9, np.ones(5, dtype=int)))

@@ -27,7 +27,7 @@ from chanscale.pipeline import scale_and_select
 from chanscale.programs import Program
 from chanscale.progress import Watcher
 from chanscale.report_page import channel_map, curves, mistakes, writing
-from chanscale.report_page.card import describe_training, write_command
+from chanscale.report_page.card import write_command
 from chanscale.report_page.material import WANTED, Material, open_material, read_metrics
 from chanscale.report_page.writing import REPORT, build_report, embed, write_report
 from chanscale.wording import NOTICE
@@ -453,17 +453,6 @@ def test_figures_that_are_not_defined_are_said_to_be_so(fitted):
     page = Page(build_report(replace(fitted.material, metrics=metrics)))
     assert "not defined" in page.one("tr", data_figure="auc").text
     assert "(AUC) is not defined" in page.text
-
-
-def test_the_card_tells_where_the_head_comes_from(fitted):
-    def head(**told):
-        metrics = {name: value for name, value in fitted.metrics.items() if name != "head_c"} | told
-        return dict(describe_training(replace(fitted.material, metrics=metrics))).get("Head")
-
-    assert "head_c" in fitted.metrics
-    assert head(head_c=0.001).endswith("(C = 0.001)")
-    assert head(head_c=None).startswith("as it was trained")
-    assert head() is None
 
 
 # --- the numbers behind the plots

@@ -22,7 +22,7 @@ def draw(classes=("no", "yes"), *, patients=24, size=32, name="{patient:03}_{fil
         label = patient % len(classes)
         for film in range(2):
             pixels = rng.integers(0, 200, (size, size)).astype(np.uint8)
-            pixels[: size // 2] += np.uint8(9 * label)
+            pixels[: size // 2] += np.uint8(12 * label)
             title = name.format(patient=patient, film=film)
             records.append(ImageRecord(title, label, f"patient-{patient:03}", pixels=pixels))
     return ImageSet(Path("drawn"), tuple(classes), tuple(records))

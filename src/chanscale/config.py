@@ -20,7 +20,6 @@ FixedPrecision = Literal["32-true", "bf16-mixed"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 Frames = Literal["first", "all"]
 Speed = Literal["auto", "off"]
-EpochRule = Literal["latest", "best"]
 
 
 _MOST_TOLD = 5
@@ -29,14 +28,7 @@ _MOST_TOLD = 5
 WORKERS = 2
 """Threads that decode images, where nothing else is said or found."""
 
-BEFORE_IT_EXISTED: dict[str, Any] = {
-    "depth": "full",
-    "calibrate": False,
-    "speed": "off",
-    "recompute": 0.0,
-    "epoch": "best",
-    "refit_head": False,
-}
+BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False, "speed": "off", "recompute": 0.0}
 """What an option came to before there was such an option, where that was not its default."""
 
 
@@ -81,7 +73,7 @@ class FitConfig(BaseModel):
         None, description="Class that counts as positive when there are two; default: the last in order."
     )
     validation: float = Field(
-        0.15, gt=0, lt=1, description="Share of the images that chooses the epoch and the head."
+        0.15, gt=0, lt=1, description="Share of the images that chooses the best epoch."
     )
     test: float = Field(
         0.2, ge=0, lt=1, description="Share of the images kept for the final figures; 0: none."
@@ -167,16 +159,6 @@ class FitConfig(BaseModel):
     )
     scale_epochs: int = Field(5, ge=1, description="Epochs in which the scales shrink to the budget.")
     refine_epochs: int = Field(5, ge=0, description="Epochs without the penalty, after the last removal.")
-    epoch: EpochRule = Field(
-        "latest",
-        description="Which epoch is taken, of those that meet the budget. latest: the last whose validation AUC is "
-        "within a standard error of the highest; best: the one that has it, as always with `tolerance`.",
-    )
-    refit_head: bool = Field(
-        True,
-        description="At the end, fit the head anew to the features of that epoch, with four strengths of its penalty, "
-        "and take what reads the validation images best; the head as it was trained is among them.",
-    )
     early_removal: bool = Field(
         True,
         description="Remove channels at the end of the epoch in which they reach the threshold; else all at once, when "

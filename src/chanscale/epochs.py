@@ -1,7 +1,6 @@
 """One epoch of scale and select: train, press the scales, remove what reached zero, validate, keep the best."""
 
 import copy
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +11,6 @@ from chanscale.data.splits import Splits
 from chanscale.group_scales import GroupScales, scale_parameters
 from chanscale.last_layer import drop_rounding
 from chanscale.learning import Learner, cosine, merit
-from chanscale.metrics import standard_error
 from chanscale.progress import Watcher
 from chanscale.pruning import ROUNDING
 from chanscale.removal import remove_channels
@@ -53,18 +51,6 @@ class EpochRunner(Learner):
         state.epoch += 1
         self._keep_best(state, moment, row)
         self.watcher.on_epoch(moment, row)
-
-    def finish(self, best: Best) -> Best:
-        """Give the head of `best`, in place, its last statistics, weights and intercept; return it with its figures."""
-        self.settle(best.model)
-        row = dict(best.row)
-        if self.config.refit_head:
-            found = max(self.fit_head_anew(best.model, or_keep=True), key=merit)
-            row |= {name: found[name] for name in ("validation_auc", "validation_loss")} | {
-                "head_c": found["c"]
-            }
-        self.centre(best.model)
-        return replace(best, row=row)
 
     def _train(self, state: TrainingState, moment: Moment) -> tuple[float, float]:
         """Return the mean loss, and the last step of the penalty."""
@@ -156,9 +142,9 @@ class EpochRunner(Learner):
         }  # fmt: skip
 
     def _keep_best(self, state: TrainingState, moment: Moment, row: dict[str, Any]) -> None:
-        """Note the epoch if it is the one to take of its stage so far; accept that when the stage is over."""
+        """Note the epoch if it is the best of its stage; accept the stage's best when the stage is over."""
         meets_budget = moment.phase == "refine" or moment.ends_phase
-        if meets_budget and (state.candidate is None or self._replaces(row, state)):
+        if meets_budget and (state.candidate is None or merit(row) > merit(state.candidate.row)):
             state.candidate = Best(copy.deepcopy(state.model), dict(state.kept), row)
         if moment.ends_stage and state.candidate is not None:
             top = max(past["validation_auc"] for past in state.history)
@@ -167,18 +153,3 @@ class EpochRunner(Learner):
             ):
                 state.best = state.candidate
             state.candidate = None
-
-    def _replaces(self, row: dict[str, Any], state: TrainingState) -> bool:
-        """Whether the epoch `row` is taken instead of the candidate of its stage, which is earlier.
-
-        An AUC of some dozens of images says little: where it tells nothing against it, the later epoch is taken, which
-        has been refined for longer (the one-standard-error rule; Breiman et al. 1984, section 3.4.3).
-        """
-        assert state.candidate is not None
-        if self.config.epoch == "best" or self.config.tolerance is not None:
-            return merit(row) > merit(state.candidate.row)
-        stage = [past for past in state.history if past["stage"] == row["stage"]]
-        scaling = sum(past["phase"] == "scale" for past in stage)
-        highest = max(past["validation_auc"] for past in stage[max(0, scaling - 1) :])
-        labels = self.data.labels[list(self.judging.indices)].numpy()
-        return bool(row["validation_auc"] >= highest - standard_error(highest, labels))

@@ -17,15 +17,12 @@ from chanscale.data.splits import Splits
 from chanscale.devices import make_fabric
 from chanscale.errors import TrainingError
 from chanscale.metrics import mean_auc
-from chanscale.probe import fit_head, pooled_features, set_head_statistics
+from chanscale.probe import set_head_statistics
 from chanscale.progress import Watcher
 from chanscale.team import Portion, merge_parts, own_parts, share_gradients, sum_gradients
 
 FULL_EPOCH = 20
 """Fewer batches than this leave an epoch too short to learn in; images are then taken repeatedly."""
-
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Inverse L2 strengths of a logistic regression that validation chooses from."""
 
 SAMPLE = 200
 """Training images that the head's statistics are taken from: they place a mean within 7 % of a deviation."""
@@ -41,7 +38,6 @@ class Learner:
 
     def __init__(self, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher) -> None:
         self.data, self.config, self.watcher = data, config, watcher
-        self.indices = splits.train
         self.fabric = make_fabric(config)
         repeats = count_repeats(len(splits.train), config.batch_size)
         self.train = BatchLoader(
@@ -119,31 +115,7 @@ class Learner:
     def validate(self, model: Classifier) -> dict[str, float]:
         """Return the loss and the AUC on the validation images."""
         with self.fabric.autocast():
-            return self._judge(model, *self._validation_logits(model))
-
-    def fit_head_anew(self, model: Classifier, *, or_keep: bool = False) -> list[dict[str, Any]]:
-        """Set the head of `model`, in place, to the logistic regression that reads the validation images best.
-
-        Return a row for each strength of its penalty; with `or_keep`, the head as it is takes part, at strength None.
-        All in fp32, of images as they are.
-        """
-        model.eval()
-        size, head = self.config.micro_batch, model.head
-        features, labels = pooled_features(model, self.data, self.indices, batch_size=size)
-        unseen, truth = pooled_features(model, self.data, self.judging.indices, batch_size=size)
-        unseen, truth = self.fabric.to_device((unseen, truth))
-        tried = []
-        for c in (None, *STRENGTHS) if or_keep else STRENGTHS:
-            if c is not None:
-                fit_head(model, features, labels, c=c, balance=self.config.balance)
-            with torch.no_grad():
-                row = {"c": c, **self._judge(model, head(unseen), truth)}
-            tried.append((row, {name: tensor.clone() for name, tensor in head.state_dict().items()}))
-        head.load_state_dict(max(tried, key=lambda each: merit(each[0]))[1])
-        return [row for row, _ in tried]
-
-    def _judge(self, model: Classifier, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return the loss and the AUC of `logits` of the validation images."""
+            logits, labels = self._validation_logits(model)
         if not logits.isfinite().all():
             raise TrainingError(
                 "the outputs on the validation images are not finite; use --precision 32-true, or a lower --head-lr"

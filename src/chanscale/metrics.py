@@ -88,33 +88,6 @@ def area_under_roc(scores: Floats, positive: NDArray[np.bool_]) -> float:
     return float(above / (count * (len(positive) - count)))
 
 
-def standard_error(auc: float, labels: Ints) -> float:
-    """Return the standard error of a `mean_auc` of images with these `labels`, (N,) or (N, K).
-
-    Hanley & McNeil 1982, eq. 1: of positives and negatives, and the AUC alone. Of several classes or labels, the mean,
-    as if all erred together. An AUC of 1 counts as half an image of the rarer kind short of it. nan where that is.
-    """
-    each = range(labels.shape[1]) if labels.ndim == 2 else range(1, max(2, int(labels.max()) + 1))
-    sides = [tell_apart(labels, k)[1] for k in each]
-    errors = [
-        _hanley_mcneil(auc, int(side.sum()), int((~side).sum()))
-        for side in sides
-        if 0 < side.sum() < len(side)
-    ]
-    return float(np.mean(errors)) if errors else float("nan")
-
-
-def _hanley_mcneil(auc: float, positives: int, negatives: int) -> float:
-    auc = min(auc, 1 - 0.5 / min(positives, negatives))
-    of_two_positives, of_two_negatives = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = (
-        auc * (1 - auc)
-        + (positives - 1) * (of_two_positives - auc**2)
-        + (negatives - 1) * (of_two_negatives - auc**2)
-    ) / (positives * negatives)
-    return float(np.sqrt(max(variance, 0.0)))
-
-
 def accuracy(probabilities: Floats, labels: Ints) -> float:
     """Share of images whose most probable class is theirs; of several labels, share of known ones that are right."""
     probabilities, labels = as_pairs(probabilities, labels)

@@ -473,7 +473,6 @@ def describe_training(
         "epochs": state.epoch,
         "best_epoch": best.row["epoch"],
         "validation_auc": best.row["validation_auc"],
-        **({"head_c": best.row["head_c"]} if "head_c" in best.row else {}),
     }
 
 

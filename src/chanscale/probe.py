@@ -13,7 +13,7 @@ from chanscale.data.loading import BatchLoader, DecodedImages, Progress
 from chanscale.errors import TrainingError
 from chanscale.heads import standardise
 from chanscale.metrics import Floats, Ints
-from chanscale.team import Indices, Portion
+from chanscale.team import Portion
 
 STRENGTH = 0.01
 """Inverse L2 strength: with 512 features and some hundred images, weak fits separate everything and learn nothing."""
@@ -25,14 +25,11 @@ def fit_probe(model: Classifier, data: DecodedImages, indices: Sequence[int], *,
     fit_head(model, features, labels)
 
 
-def fit_head(
-    model: Classifier, features: Tensor, labels: Tensor, *, c: float = STRENGTH, balance: bool = False
-) -> None:
+def fit_head(model: Classifier, features: Tensor, labels: Tensor, *, c: float = STRENGTH) -> None:
     """Set the head of `model`, in place, to a logistic regression on standardised `features` (N, C).
 
     `labels`: (N,), or (N, K) of several labels, each with a regression on the images where it is known. `c`: inverse
-    strength of the L2 penalty, as in scikit-learn. `balance`: each class counts alike, however few images it has.
-    Raises TrainingError when a feature is not finite.
+    strength of the L2 penalty, as in scikit-learn. Raises TrainingError when a feature is not finite.
     """
     if not features.isfinite().all():
         raise TrainingError(
@@ -41,29 +38,24 @@ def fit_head(
     head = model.head
     head.set_statistics(features.to(head.mean.device))
     standardised = standardise(features, head.mean.cpu(), head.variance.cpu()).numpy()
-    weight, bias = _fit_linear(standardised, labels.numpy(), c=c, balance=balance)
+    weight, bias = _fit_linear(standardised, labels.numpy(), c=c)
     with torch.no_grad():
         head.linear.weight.copy_(torch.from_numpy(weight))
         head.linear.bias.copy_(torch.from_numpy(bias))
 
 
-def _fit_linear(features: Floats, labels: Ints, *, c: float, balance: bool) -> tuple[Floats, Floats]:
+def _fit_linear(features: Floats, labels: Ints, *, c: float) -> tuple[Floats, Floats]:
     """Return the weights (outputs, C) and intercepts (outputs,) of logistic regressions."""
     if labels.ndim == 1:
-        fitted = regress(features, labels, c=c, balance=balance)
+        fitted = regress(features, labels, c=c)
         return fitted.coef_, fitted.intercept_
-    each = [regress(features[own != UNKNOWN], own[own != UNKNOWN], c=c, balance=balance) for own in labels.T]
+    each = [regress(features[own != UNKNOWN], own[own != UNKNOWN], c=c) for own in labels.T]
     return np.concatenate([one.coef_ for one in each]), np.concatenate([one.intercept_ for one in each])
 
 
-def regress(
-    features: Floats, labels: Ints, *, c: float = STRENGTH, balance: bool = False
-) -> LogisticRegression:
-    """Return a logistic regression on standardised `features` (N, C) and `labels` (N,); `balance`: of classes."""
-    weights = "balanced" if balance else None
-    return LogisticRegression(C=c, max_iter=2000, class_weight=weights).fit(
-        features.astype(np.float64), labels
-    )
+def regress(features: Floats, labels: Ints, *, c: float = STRENGTH) -> LogisticRegression:
+    """Return a logistic regression on standardised `features` (N, C) and `labels` (N,)."""
+    return LogisticRegression(C=c, max_iter=2000).fit(features.astype(np.float64), labels)
 
 
 def set_head_statistics(
@@ -78,7 +70,7 @@ def set_head_statistics(
 def pooled_features(
     model: Classifier,
     data: DecodedImages,
-    indices: Indices,
+    indices: Sequence[int],
     *,
     batch_size: int,
     progress: Progress | None = None,

@@ -13,7 +13,7 @@ from chanscale.group_scales import scale_parameters
 
 @dataclass(frozen=True)
 class Best:
-    """The epoch of a stage that validation chose: its model, the original indices it kept, its row of history."""
+    """The best epoch of a stage by validation: its model, the original indices it kept, its row of history."""
 
     model: Classifier
     kept: dict[str, Tensor]
@@ -25,7 +25,7 @@ class TrainingState:
     """All that changes as a run goes on: to save it is enough to resume.
 
     `kept`: each group's indices into the original network, shape (width,). `scale_lr`: learning rate of the
-    scales while they shrink. `candidate`: the epoch to take of the stage under way; `best`: that of the last
+    scales while they shrink. `candidate`: the best epoch of the stage under way; `best`: that of the last
     stage that was accepted.
     """
 

@@ -1,4 +1,4 @@
-"""Train scales and head: shrink and remove down to the budget, then refine, and take one epoch."""
+"""Train scales and head: shrink and remove down to the budget, then refine, and keep the best epoch."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def fit(
     save: Callable[[TrainingState], None] | None = None,
     channels_last: bool = True,
 ) -> Best:
-    """Scale, select, remove and refine as `config` says; return the epoch it chooses that meets the budget.
+    """Scale, select, remove and refine as `config` says; return the best epoch that meets the budget.
 
     `model` is not changed; it is traced, unless it carries its groups. With the `state` of an earlier call it goes
     on from there; `save` is called with the state after each epoch. `channels_last`: the layout of the weights in
@@ -70,7 +70,9 @@ def fit(
     if state.best is None:
         raise TrainingError("no epoch met the budget; give it more epochs with --scale-epochs")
     to_channels_last(state.best.model)  # as it will be read from its file, and round
-    return runner.finish(state.best)
+    runner.settle(state.best.model)
+    runner.centre(state.best.model)
+    return state.best
 
 
 def start(model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig) -> TrainingState:

@@ -50,6 +50,7 @@ class FineTuner(Learner):
             # The statistics of five images are noise; `fit` takes none.
             config = config.model_copy(update={"micro_batch": config.batch_size})
         super().__init__(data, splits, config, watcher)
+        self.indices = splits.train
 
     def copy(self, model: Classifier) -> Classifier:
         """Return a copy of `model` on the device of the run, laid out for it."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from chanscale.baselines.fine_tuning import Trained
+from chanscale.baselines.fine_tuning import Trained, mark_chosen
 from chanscale.config import FitConfig
 from chanscale.costs import TrunkCost
 from chanscale.data.loading import DecodedImages
@@ -25,7 +25,7 @@ def refine(
     state: TrainingState, cost: TrunkCost, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher,
     *, moments: Sequence[Moment], lr: float,
 ) -> Trained:  # fmt: skip
-    """Train the scales and the head of `state`, in place; return the epoch that `config` chooses, and a row for each.
+    """Train the scales and the head of `state`, in place; return the best epoch by validation, and a row for each.
 
     `cost`: that of the whole network. `lr`: of the scales, at its start.
     """
@@ -35,12 +35,9 @@ def refine(
         ends = index == len(moments) - 1
         runner.run(state, replace(moment, phase="refine", index=index, length=len(moments), ends_stage=ends))
     assert state.best is not None
-    best = runner.finish(state.best)
-    chosen = best.row["epoch"]
-    return best.model, [
-        {**(best.row if row["epoch"] == chosen else row), "chosen": row["epoch"] == chosen}
-        for row in state.history
-    ]
+    runner.settle(state.best.model)
+    runner.centre(state.best.model)
+    return state.best.model, mark_chosen(state.history)
 
 
 def cut(

@@ -17,7 +17,7 @@ def train_scale(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher,
     *, lr: float | None = None,
 ) -> Trained:  # fmt: skip
-    """Return `model` with trained scales and head, at the epoch that is taken, and a row for each.
+    """Return `model` with trained scales and head, at its best epoch, and a row for each epoch.
 
     The scales sit where those of `fit` do, so that channels which cannot be removed have none. (IA)^3, Liu et al.
     2022, has vectors of the same kind in a transformer.

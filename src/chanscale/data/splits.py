@@ -1,4 +1,4 @@
-"""Which images train, which choose the epoch and the head, and which are kept for the final figures."""
+"""Which images train, which choose the best epoch, and which are kept for the final figures."""
 
 import csv
 import io

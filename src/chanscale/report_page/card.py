@@ -87,8 +87,7 @@ def describe_training(material: Material) -> Rows:
     metrics = material.metrics
     validation, calibration = metrics["validation_auc"], metrics.get("calibration")
     return [
-        ("Epochs", f"{metrics['epochs']}, of which epoch {metrics['best_epoch']} was taken, by validation images"),
-        *([("Head", _describe_head(metrics["head_c"]))] if "head_c" in metrics else []),
+        ("Epochs", f"{metrics['epochs']}, of which epoch {metrics['best_epoch']} was best on validation images"),
         ("Validation AUC", "not defined" if validation is None else f"{validation:.3f}"),
         *([("Temperature", _describe_temperature(calibration))] if calibration else []),
         ("Precision", str(metrics["precision"])),
@@ -107,12 +106,6 @@ def _describe_speed(told: Any) -> Rows:
     except ValueError:
         return []
     return [("Speed", speed.describe().removeprefix("speed: "))] if speed.measured else []
-
-
-def _describe_head(strength: object) -> str:
-    if isinstance(strength, int | float):
-        return f"logistic regression on the features of that epoch, penalty by validation (C = {strength:g})"
-    return "as it was trained, which no logistic regression on the features of that epoch was better than"
 
 
 def _describe_temperature(calibration: Mapping[str, Any]) -> str:
