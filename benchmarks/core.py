@@ -70,7 +70,9 @@ def run_cell(method: str, seed: int, options: argparse.Namespace) -> None:
     from chanscale.config import FitConfig
     from chanscale.data.splits import split_images
     from chanscale.files import write_atomically
-    from chanscale.pipeline import describe_machine, judge, load_images, open_classifier, scale_and_select
+    from chanscale.pipeline import open_classifier, scale_and_select
+    from chanscale.run_figures import describe_machine, judge
+    from chanscale.run_images import load_images
 
     given = {"seed": seed, "budget": options.budget, "group_pattern": options.group_pattern}
     config = FitConfig.build(given | dict(item.split("=", 1) for item in options.set))

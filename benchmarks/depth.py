@@ -17,8 +17,9 @@ from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.depth import END, FOLDS, draw_folds, features_behind, find_allowed, judge_probe
-from chanscale.pipeline import load_images, open_classifier
+from chanscale.pipeline import open_classifier
 from chanscale.progress import Watcher
+from chanscale.run_images import load_images
 
 
 def main() -> None:

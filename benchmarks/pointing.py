@@ -32,9 +32,9 @@ from chanscale.explain.pointing import Box, centre_map, cover, energy_inside, en
 from chanscale.explain.saliency import grad_cam
 from chanscale.explain.training_maps import decompose_mean, survey_training
 from chanscale.metrics import mean_auc, resample
-from chanscale.pipeline import load_images
 from chanscale.probe import pooled_features, regress
 from chanscale.progress import Watcher
+from chanscale.run_images import load_images
 
 LUNGS = Box(0.12, 0.10, 0.76, 0.72)
 """Chosen by eye on the mean training radiograph; 27 of 27 boxes lie in it, but for a few pixels of three."""

@@ -21,8 +21,9 @@ from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, split_images
-from chanscale.pipeline import load_images, open_classifier, scale_and_select
+from chanscale.pipeline import open_classifier, scale_and_select
 from chanscale.progress import Watcher
+from chanscale.run_images import load_images
 
 SMALL = tuple(f"small-{seed}" for seed in range(5))
 OTHERS = ("head", "full-0")

@@ -24,8 +24,8 @@ from chanscale.data import BatchLoader, decode_images, open_images, split_images
 from chanscale.data.phantoms import write_phantoms
 from chanscale.ensemble import load_predictor
 from chanscale.novelty.storage import find_novelty
-from chanscale.pipeline import describe_machine
 from chanscale.predictions import predict_images
+from chanscale.run_figures import describe_machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny_backbone

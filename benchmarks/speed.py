@@ -22,8 +22,9 @@ from chanscale.config import FitConfig
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits, split_images
 from chanscale.depth import choose_depth, end_trunk
-from chanscale.pipeline import load_images, open_classifier
+from chanscale.pipeline import open_classifier
 from chanscale.progress import Watcher
+from chanscale.run_images import load_images
 from chanscale.speed.choice import Choice
 from chanscale.speed.steps import TrainingStep
 

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 import tiny_backbone
-from chanscale import __version__, cli, commands, demo, display, pipeline
+from chanscale import __version__, cli, commands, demo, display, pipeline, run_images
 from chanscale.artifact import load_model
 from chanscale.backbones import BACKBONES
 from chanscale.classifier import probabilities
@@ -320,7 +320,7 @@ def test_images_are_listed_beforehand_only_where_no_pattern_finds_patients(
 ):
     listed = []
     monkeypatch.setattr(
-        pipeline, "open_images", lambda *given, **how: listed.append(given) or open_images(*given, **how)
+        run_images, "open_images", lambda *given, **how: listed.append(given) or open_images(*given, **how)
     )
     assert fit(tmp_path, *given) == 0  # what fits is patched, and lists none
     assert len(listed) == times

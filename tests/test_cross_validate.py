@@ -29,8 +29,8 @@ from chanscale.ensemble import load_ensemble
 from chanscale.errors import ArtifactError, ConfigError, DataError, SplitError
 from chanscale.evaluation import predict
 from chanscale.metrics import mean_auc
-from chanscale.pipeline import load_images
 from chanscale.progress import Watcher
+from chanscale.run_images import load_images
 from test_cli import OPTIONS, draw, error_of, files_below, words
 from test_compare import CONFIG
 from test_compare_folds import make_images

@@ -12,7 +12,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import nn
 
 import tiny_volumes
-from chanscale import cli, pipeline, scale_and_select, weights
+from chanscale import cli, scale_and_select, weights
 from chanscale.artifact import load_model
 from chanscale.catalogue import build_network, require_kind, takes_volumes
 from chanscale.config import FitConfig
@@ -23,6 +23,7 @@ from chanscale.errors import ConfigError, DataError, ModelError, UnreadableImage
 from chanscale.export.agreement import raw_pixels
 from chanscale.export.runtime import open_session, run_session
 from chanscale.predictions import predict_images
+from chanscale.run_images import load_images
 from networks import same_tensors
 from test_cli import error_of, words
 from tiny_fits import tiny_config, tiny_images
@@ -281,7 +282,7 @@ def test_a_network_of_ones_own_must_have_the_dimensions_of_the_images(tmp_path):
 
 def test_options_of_volumes_are_refused_for_pictures_and_checked():
     with pytest.raises(ConfigError, match="spacing and window are for volumes"):
-        pipeline.load_images(tiny_images().images, tiny_config(window=(0, 1)), None)
+        load_images(tiny_images().images, tiny_config(window=(0, 1)), None)
     with pytest.raises(ConfigError, match="a lower and a higher value"):
         FitConfig.build({"window": (1, 0)})
     with pytest.raises(ConfigError, match="a lower and a higher value"):

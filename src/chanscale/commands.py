@@ -297,7 +297,8 @@ def run_demo(
 
 def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "Run":
     from chanscale.files import describe_refusal
-    from chanscale.pipeline import open_path, scale_and_select
+    from chanscale.pipeline import scale_and_select
+    from chanscale.run_images import open_path
     from chanscale.runs import RunFolder
 
     folder = RunFolder.open(out_folder, config, resume=resume)

@@ -133,7 +133,7 @@ def _make_plan(
 def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: Place) -> int:
     """Run the cells that are not there; return how many failed."""
     from chanscale.catalogue import require_network
-    from chanscale.pipeline import open_path
+    from chanscale.run_images import open_path
 
     require_network(plan.config.backbone)
     images = open_path(data, plan.config)

@@ -1,8 +1,6 @@
 """From images to a run folder: the steps, in order."""
 
 import logging
-import platform
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,42 +8,45 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
-from chanscale import __version__
 from chanscale.artifact import ModelInfo
 from chanscale.backbones import Preprocessing
-from chanscale.catalogue import require_kind, require_network, require_weights
+from chanscale.catalogue import require_network, require_weights
 from chanscale.channels import carry_groups, free_groups
 from chanscale.classifier import Classifier, assemble, to_channels_last
 from chanscale.config import FitConfig
-from chanscale.costs import trunk_cost
-from chanscale.data.loading import DecodedImages, decode_images
-from chanscale.data.sources import ImageSet, open_images
+from chanscale.data.loading import DecodedImages
+from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
-from chanscale.data.volumes import VolumeSpace
 from chanscale.decision_rules import require_support, settle_rules
 from chanscale.depth import Depth, choose_depth, end_trunk
-from chanscale.devices import join_team, on_device
+from chanscale.devices import join_team
 from chanscale.errors import ChanscaleError, ConfigError, LostProcessError, WeightsError
-from chanscale.evaluation import Evaluation, evaluate
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
 from chanscale.leaks.search import leaks_of_fit
 from chanscale.modes import threads_given_back
 from chanscale.originals import Original, open_original
-from chanscale.probe import fit_probe
 from chanscale.progress import Watcher
 from chanscale.proof import channel_groups
 from chanscale.report_page.material import Material
+from chanscale.run_figures import (
+    describe_machine,
+    describe_test,
+    describe_training,
+    evaluate_test,
+    judge,
+    judge_head,
+    measure,
+)
+from chanscale.run_images import load_images
 from chanscale.runs import FollowedFolder, RunFolder
 from chanscale.speed.settling import adopt, recall_speed, settle_speed
 from chanscale.state import Best, TrainingState
 from chanscale.team import agree, alone, is_main, wait_for_all
 from chanscale.training import fit, start
-from chanscale.wording import NOTICE
 
 RARE = 5
 """How many times more images the commonest class has, from which on that is worth a word."""
@@ -285,60 +286,6 @@ def _identify(original: Original) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_images(data: str | Path | ImageSet, config: FitConfig, watcher: Watcher) -> DecodedImages:
-    """Open and decode the images as `config` says. Raises DataError."""
-    if isinstance(data, ImageSet) and config != config.already_opened():
-        raise ConfigError(
-            "`positive`, `group_pattern` and `label_columns` say how to open a path; an ImageSet is open already"
-        )
-    images = data if isinstance(data, ImageSet) else open_path(Path(data), config)
-    require_kind(config.backbone, images.dimensions)
-    return decode_images(
-        images,
-        image_size=config.image_size,
-        space=_choose_space(images, config),
-        workers=config.decoders,
-        cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
-        skip_bad=config.skip_bad,
-        progress=partial(watcher.on_step, "decoding images"),
-    )
-
-
-def list_readable(data: Path, config: FitConfig, watcher: Watcher) -> ImageSet:
-    """Return the images that a fit would split; those that it would skip must be known before others are dealt out."""
-    return load_images(data, config, watcher).images if config.skip_bad else open_path(data, config)
-
-
-def _choose_space(images: ImageSet, config: FitConfig) -> VolumeSpace | None:
-    """Return how the volumes are to be read; None for pictures. Raises ConfigError."""
-    if images.dimensions == 3:
-        return VolumeSpace(config.spacing, config.window)
-    if config.spacing is not None or config.window is not None:
-        raise ConfigError("spacing and window are for volumes, and these are pictures; leave them out")
-    return None
-
-
-def open_path(path: Path, config: FitConfig) -> ImageSet:
-    """List the images of a folder, table or array file as `config` says. Raises DataError, ConfigError."""
-    open_as = partial(
-        open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames,
-        label_columns=config.columns,
-    )  # fmt: skip
-    images = open_as()
-    if config.positive is None:
-        return images
-    if images.is_multilabel:
-        raise ConfigError(
-            "`positive` is for images of one class each, and these have several labels; leave it out"
-        )
-    others = tuple(name for name in images.classes if name != config.positive)
-    if len(images.classes) != 2 or len(others) != 1:
-        raise ConfigError(
-            f"positive={config.positive!r} must be one of two classes; have {', '.join(images.classes)}"
-        )
-    return open_as(classes=(*others, config.positive))
-
-
 def open_classifier(
     model: str | nn.Module,
     images: DecodedImages,
@@ -396,109 +343,3 @@ def kept_by(best: Best, info: ModelInfo) -> ModelInfo:
     assert isinstance(preprocessing, Preprocessing)
     kept = {name: indices.tolist() for name, indices in best.kept.items()}
     return replace(info, kept=kept, preprocessing=preprocessing.to_dict())
-
-
-def judge(model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher) -> dict[str, Any]:
-    """Return the figures on the test images, with intervals; only `n` = 0 where none were set aside."""
-    return describe_test(evaluate_test(model, images, splits, watcher), images, splits)
-
-
-def evaluate_test(
-    model: Classifier, images: DecodedImages, splits: Splits, watcher: Watcher
-) -> Evaluation | None:
-    """Return what `model` says of the test images, and how good that is; None where none were set aside."""
-    if not splits.test:
-        return None
-    return evaluate(model, images, splits.test, progress=partial(watcher.on_step, "evaluating"))
-
-
-def describe_test(judged: Evaluation | None, images: DecodedImages, splits: Splits) -> dict[str, Any]:
-    """Return the figures of an evaluation of the test images, as metrics.json has them."""
-    if judged is None:
-        return {"n": 0}
-    figures = {name: estimate.to_dict() for name, estimate in judged.estimates.items()}
-    patients = len({images.images.records[index].group for index in splits.test})
-    known = {"patients": patients} if images.images.has_groups else {}
-    labels = {"labels": judged.describe_labels()} if judged.by_label else {}
-    return {**figures, "n": len(judged.labels), **known, **labels}
-
-
-def judge_head(
-    model: Classifier, images: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
-) -> dict[str, Any]:
-    """Return the figures of a linear head on the frozen `model`, as `judge` does; its head is set."""
-    if not splits.test:
-        return {"n": 0}
-    reader = on_device(model, config)
-    fit_probe(reader, images, splits.train, batch_size=config.micro_batch)
-    return judge(reader, images, splits, watcher)
-
-
-def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: int | None) -> dict[str, Any]:
-    """Return what the trunk held before and holds now: parameters, MACs for one image, bytes.
-
-    `full`: parameters of the published network, with the classifier that was cut off.
-    """
-    example, _ = images.batch([0])
-    cost = trunk_cost(classifier, channel_groups(classifier, example), example)
-    left = cost.keep(best.kept)
-    trunk, kept = cost.original("parameters"), left.parameters()
-    macs = cost.original("macs")
-    return {
-        "parameters": {
-            "trunk": trunk,
-            "kept": kept,
-            "removed": 1 - kept / trunk,
-            "full": full,
-            "removed_of_full": 1 - kept / full if full else None,
-            "head": sum(parameter.numel() for parameter in best.model.head.parameters()),
-        },
-        "macs": {"trunk": macs, "kept": left.macs(), "removed": 1 - left.macs() / macs},
-        "bytes": {"trunk": 4 * trunk},
-        "groups": {
-            "prunable": len(cost.widths),
-            "protected": {group.name: group.protected for group in cost.groups if group.protected},
-        },
-    }
-
-
-def describe_training(
-    best: Best, state: TrainingState, images: DecodedImages, splits: Splits
-) -> dict[str, Any]:
-    """Return how the model came about: epochs, validation, and the images it saw."""
-    sides = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {
-        "classes": list(images.images.classes),
-        "images": {name: len(side) for name, side in sides.items()} | {"skipped": len(images.images.skipped)},
-        "epochs": state.epoch,
-        "best_epoch": best.row["epoch"],
-        "validation_auc": best.row["validation_auc"],
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what the figures were measured with, and the notice that goes with all figures."""
-    return {**describe_resources(), "notice": NOTICE}
-
-
-def describe_resources() -> dict[str, Any]:
-    """Return the memory and threads that this process has had, and the versions of what it runs."""
-    return {
-        "peak_memory_bytes": _peak_memory(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "chanscale": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _peak_memory() -> int:
-    """Return the most memory, in bytes, that this process has held."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # there is none on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -63,7 +63,7 @@ def tune(
     behind is stopped early. The same command goes on where it was stopped.
     """
     from chanscale.config import FitConfig
-    from chanscale.pipeline import open_path
+    from chanscale.run_images import open_path
     from chanscale.tuning.search import tune as run_search
 
     config = merge_config(given, config_file)

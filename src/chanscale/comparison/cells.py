@@ -22,8 +22,10 @@ from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.metrics import mean_auc, metrics_for
-from chanscale.pipeline import describe_resources, load_images, open_classifier, open_path, scale_and_select
+from chanscale.pipeline import open_classifier, scale_and_select
 from chanscale.progress import Watcher
+from chanscale.run_figures import describe_resources
+from chanscale.run_images import load_images, open_path
 
 FORMAT = "chanscale-cell/1"
 IDLE_OPTIONS = READING | TIMING

@@ -20,8 +20,8 @@ from chanscale.data.splits import read_splits
 from chanscale.errors import ArtifactError
 from chanscale.evaluation import predict
 from chanscale.metrics import Ints
-from chanscale.pipeline import load_images
 from chanscale.progress import Watcher
+from chanscale.run_images import load_images
 
 Shares = NDArray[np.float64]
 

@@ -15,9 +15,11 @@ from chanscale.crossval.plan import CrossPlan, Member, take
 from chanscale.data.sources import ImageSet
 from chanscale.ensemble import RESULT
 from chanscale.files import to_json, write_atomically
-from chanscale.pipeline import describe_machine, list_readable, scale_and_select
+from chanscale.pipeline import scale_and_select
 from chanscale.progress import Watcher
 from chanscale.report_page.material import read_metrics
+from chanscale.run_figures import describe_machine
+from chanscale.run_images import list_readable
 
 FORMAT = "chanscale-cross-validation/1"
 

@@ -10,7 +10,7 @@ from chanscale.config import FitConfig
 from chanscale.data.splits import Splits
 from chanscale.errors import TrainingError
 from chanscale.files import to_json, write_atomically
-from chanscale.pipeline import describe_machine
+from chanscale.run_figures import describe_machine
 from chanscale.tuning.folder import FRONT, SearchFolder, SearchPlan
 from chanscale.tuning.front import choose, find_front
 from chanscale.tuning.space import SPACE

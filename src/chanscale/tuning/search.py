@@ -14,8 +14,8 @@ from chanscale.comparison.processes import run_cells
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.errors import ArtifactError, ConfigError, TrainingError
-from chanscale.pipeline import list_readable
 from chanscale.progress import Watcher
+from chanscale.run_images import list_readable
 from chanscale.tuning.folder import SearchFolder, SearchPlan
 from chanscale.tuning.results import Tuning, write_tuning
 from chanscale.tuning.space import choose_options, to_options, to_params

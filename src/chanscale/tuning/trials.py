@@ -14,7 +14,9 @@ from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
 from chanscale.errors import BudgetError, DataError, InexactRemovalError, TrainingError, one_line
 from chanscale.files import read_json, to_json, write_atomically
-from chanscale.pipeline import describe_resources, open_path, scale_and_select
+from chanscale.pipeline import scale_and_select
+from chanscale.run_figures import describe_resources
+from chanscale.run_images import open_path
 from chanscale.tuning.stopping import Rival, Stopped, TrialWatcher
 
 FORMAT = "chanscale-trial/1"
