@@ -245,6 +245,25 @@ def test_before_there_was_a_depth_the_whole_trunk_was_used(folder):
         folder.begin(full, make_images())
 
 
+def test_what_is_computed_again_tells_cells_apart_and_an_older_grid_has_none_of_it(folder):
+    noted = folder.read()
+    del noted["config"]["recompute"]
+    (folder.out / "grid.json").write_text(json.dumps(noted))
+    with pytest.raises(ConfigError, match=r"was begun with recompute=0\.0, not 0\.5"), folder.working():
+        folder.begin(PLAN, make_images())
+    none = replace(PLAN, config=CONFIG.model_copy(update={"recompute": 0.0}))
+    with folder.working():
+        folder.begin(none, make_images())
+    kept, again = (
+        plan.specs(Path("data"), make_images(), "32-true", younger=folder.find_younger())
+        for plan in (none, PLAN)
+    )
+    assert not {spec.digest for spec in kept} & {spec.digest for spec in again}
+    write_cell(folder.cells, make_result(kept[0].cell, digest=kept[0].digest))
+    assert folder.missing(kept) == kept[1:]
+    assert folder.missing(again) == again
+
+
 def test_the_precision_is_measured_once(tmp_path, monkeypatch):
     folder, plan = GridFolder(tmp_path / "grid"), replace(PLAN, config=FitConfig())
     with folder.working():

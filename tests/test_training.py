@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from chanscale.artifact import load_model, save_model
+from chanscale.attaching import attach_scales
 from chanscale.channels import free_groups
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.costs import trunk_cost
+from chanscale.data.loading import Batch
 from chanscale.errors import BudgetError, TrainingError
+from chanscale.group_scales import scale_parameters
+from chanscale.learning import Learner
+from chanscale.progress import Watcher
+from chanscale.proof import channel_groups
 from chanscale.pruning import ROUNDING
 from chanscale.training import fit
 from networks import (
@@ -96,7 +102,7 @@ def test_what_is_computed_again_trains_as_what_is_kept_to_the_last_bit(trunk):
 
 
 def count_kept_maps(recompute):
-    """Return the bytes of the largest set of maps that are alive at once for the gradients of an epoch."""
+    """Return the bytes of the largest set of maps that autograd keeps at once; those computed again are not seen."""
     alive, most = [0], [0]
 
     class Kept:
@@ -112,6 +118,44 @@ def count_kept_maps(recompute):
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         fit(tiny_classifier(), DATA, SPLITS, config)
     return most[0]
+
+
+def test_a_layer_that_notes_something_of_each_batch_is_passed_once():
+    class Noting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += self.training
+            return x
+
+    def count(recompute):
+        model = tiny_classifier()
+        model.trunk.append(Noting())
+        config = tiny_config(micro_batch=2, scale_epochs=1, refine_epochs=0, recompute=recompute)
+        return float(fit(model, DATA, SPLITS, config).model.trunk[-1].calls)
+
+    assert count(1) == count(0) > 0
+
+
+def test_in_bf16_what_is_computed_again_has_the_same_gradients():
+    scaled = attach_scales(
+        tiny_classifier(), channel_groups(tiny_classifier(), DATA.batch(range(2))[0])
+    ).train()
+    torch.nn.init.normal_(scaled.head.linear.weight)
+    batch = Batch(*DATA.batch(SPLITS.train[:8]), indices=torch.arange(8))
+    grads = []
+    for share in (0, 0.5, 1):
+        learner = Learner(DATA, SPLITS, tiny_config(micro_batch=2, precision="bf16-mixed"), Watcher())
+        learner.recompute = share
+        learner.backward(scaled, batch, 0, 0)
+        grads.append([parameter.grad for parameter in scale_parameters(scaled).values()])
+        scaled.zero_grad()
+    assert all(grad.abs().sum() > 0 for grad in grads[0][:-1])
+    assert all(
+        torch.equal(one, other) for again in grads[1:] for one, other in zip(grads[0], again, strict=True)
+    )
 
 
 def test_the_more_is_computed_again_the_less_is_kept():

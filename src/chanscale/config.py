@@ -197,7 +197,7 @@ class FitConfig(BaseModel):
         ge=0,
         le=1,
         description="Share of a step whose maps are computed again when its gradients are, instead of kept until then; "
-        "the results are the same. 0: least time; 1: least memory.",
+        "the results are the same. 0: least time; 1: least memory. Layers that note something of each batch keep all.",
     )
 
     # --- how probabilities are read, settled on validation images

@@ -83,13 +83,15 @@ class Learner:
         """Return the pooled features (N, C) of each part of a batch.
 
         Maps are kept for the gradients of the last ones alone; those of the others are computed again when it is
-        their turn, and gradients come from the last to the first (Chen et al. 2016, section 3).
+        their turn, and gradients come from the last to the first (Chen et al. 2016, section 3). That of the last part
+        is at once: to forget it would save nothing.
         """
 
         def read(part: Tensor) -> Tensor:
             return model.head.pool(model.feature_map(part))
 
-        forgotten = round(self.recompute * len(parts))
+        wanted = round(self.recompute * len(parts)) if computes_alike_again(model) else 0
+        forgotten = max(0, min(wanted, len(parts) - 1))
         first = [checkpoint(read, part, use_reentrant=False) for part in parts[:forgotten]]
         return [*first, *(read(part) for part in parts[forgotten:])]
 
@@ -151,6 +153,16 @@ class Learner:
         # Seeded by the place in the run: a resumed run draws what an undisturbed one would have.
         seed = np.random.SeedSequence((self.config.seed, epoch, done)).generate_state(1)[0]
         return augment(images, generator=torch.Generator().manual_seed(int(seed)))
+
+
+def computes_alike_again(model: Classifier) -> bool:
+    """Whether the trunk of `model`, in training, has the same maps of the same images a second time.
+
+    Not where a layer may note something of each batch, as running statistics; frozen norms do not. On MPS, PyTorch does
+    not take the random generator back, and another dropout would be drawn.
+    """
+    noting = any(module.training and module._buffers for module in model.trunk.modules())
+    return not noting and model.head.mean.device.type != "mps"
 
 
 def count_repeats(images: int, batch_size: int) -> int:

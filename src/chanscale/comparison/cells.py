@@ -32,6 +32,10 @@ IDLE_OPTIONS = READING | TIMING
 """Options that change nothing of a cell: methods are compared as they come from training, before probabilities are
 calibrated."""
 
+UNCOUNTED = IDLE_OPTIONS - {"recompute"}
+"""Options that do not tell two cells apart. What is computed again does: a cell has its time and its memory beside its
+scores."""
+
 MEMORY = "peak_memory_bytes"
 
 Result = dict[str, Any]
@@ -82,7 +86,7 @@ class CellSpec:
         """A digest of all that its figures follow from."""
         facts = self._facts()
         facts.pop("data")  # the same images may lie elsewhere
-        idle = IDLE_OPTIONS | {
+        idle = UNCOUNTED | {
             name for name in self.younger if getattr(self.config, name) == before_it_existed(name)
         }
         facts["config"] = {k: v for k, v in facts["config"].items() if k not in idle}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from chanscale.comparison.cells import (
-    IDLE_OPTIONS,
     MEMORY,
+    UNCOUNTED,
     Cell,
     CellSpec,
     Result,
@@ -109,7 +109,7 @@ class GridFolder:
             "images": digest_images(images),
         }
         if noted:
-            require_same_plan(self.out, noted, fixed, idle=IDLE_OPTIONS)
+            require_same_plan(self.out, noted, fixed, idle=UNCOUNTED)
         precision = noted.get("precision") or find_precision(plan.config)
         names = [cell.name for cell in plan.cells]
         facts = {
