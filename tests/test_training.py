@@ -140,9 +140,8 @@ def test_a_layer_that_notes_something_of_each_batch_is_passed_once():
 
 
 def test_in_bf16_what_is_computed_again_has_the_same_gradients():
-    scaled = attach_scales(
-        tiny_classifier(), channel_groups(tiny_classifier(), DATA.batch(range(2))[0])
-    ).train()
+    model = tiny_classifier()
+    scaled = attach_scales(model, channel_groups(model, DATA.batch(range(2))[0])).train()
     torch.nn.init.normal_(scaled.head.linear.weight)
     batch = Batch(*DATA.batch(SPLITS.train[:8]), indices=torch.arange(8))
     grads = []

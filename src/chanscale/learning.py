@@ -17,6 +17,7 @@ from chanscale.data.splits import Splits
 from chanscale.devices import make_fabric
 from chanscale.errors import TrainingError
 from chanscale.metrics import mean_auc
+from chanscale.modes import device_of
 from chanscale.probe import set_head_statistics
 from chanscale.progress import Watcher
 from chanscale.team import Portion, merge_parts, own_parts, share_gradients, sum_gradients
@@ -162,7 +163,7 @@ def computes_alike_again(model: Classifier) -> bool:
     not take the random generator back, and another dropout would be drawn.
     """
     noting = any(module.training and module._buffers for module in model.trunk.modules())
-    return not noting and model.head.mean.device.type != "mps"
+    return not noting and device_of(model).type != "mps"
 
 
 def count_repeats(images: int, batch_size: int) -> int:
