@@ -149,9 +149,12 @@ def test_a_damaged_cell_is_run_again_and_named(folder, damage):
     assert folder.results() == ([], [path])
 
 
-def lend(folder, *, tolerance=None, **ours) -> dict[str, dict | None]:
-    """What the cells of a training set are lent, in their order, once that of ours came to `ours`."""
-    plan = replace(PLAN, methods=("random", "head", "chanscale"), sizes=(None,), chosen=(0,), seeds=(0,))
+METHODS = ("random", "head", "chanscale")
+
+
+def lend(folder, *, methods=METHODS, tolerance=None, **ours) -> dict[str, dict | None]:
+    """What the cells of a training set are lent, in their order, once that of ours, the last, came to `ours`."""
+    plan = replace(PLAN, methods=methods, sizes=(None,), chosen=(0,), seeds=(0,))
     plan = replace(plan, config=plan.config.model_copy(update={"tolerance": tolerance}))
     specs = plan.specs(Path("data"), make_images(), "32-true")
     lent = folder.lend_channels(specs)
@@ -169,6 +172,15 @@ def test_the_channels_of_ours_are_lent_to_those_that_would_fit_it_again(folder):
     assert lent["random"] == {
         "channels": channels, "seconds": 3.0, "processor_seconds": 4.0, "peak_memory_bytes": 2**30,
     }  # fmt: skip
+
+
+def test_channels_are_lent_to_those_of_the_same_budget(folder):
+    kept = {"channels": {"kept": {"trunk.0": [1, 3]}}}
+    methods = ("random@0.99", "random", "head", "chanscale@0.99")
+    lent = lend(folder, methods=methods, **kept)
+    assert list(lent) == ["head", "chanscale@0.99", "random@0.99", "random"]
+    assert lent["random@0.99"]["channels"] == kept["channels"]
+    assert lent["random"] is None
 
 
 @pytest.mark.parametrize(
@@ -486,10 +498,10 @@ def test_nothing_to_draw_is_an_error(folder, tmp_path):
         draw_grid(GridFolder(tmp_path / "nowhere"))
 
 
-def test_many_methods_look_different_and_a_line_joins_ours_at_its_budgets():
+def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     methods = [
         "head", "best-layer", "full", "last-block", "scratch", "scale", "bias", "random", "taylor", "magnitude",
-        "chanscale", "chanscale@0.99", "chanscale+round_to=1",
+        "random@0.99", "chanscale", "chanscale@0.99", "chanscale+round_to=1",
     ]  # fmt: skip
     rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
     for place, row in enumerate(rows):
@@ -500,11 +512,12 @@ def test_many_methods_look_different_and_a_line_joins_ours_at_its_budgets():
     assert [text.get_text() for text in legend.texts] == methods
     marks = [container.lines[0] for container in axes.containers]
     assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == len(methods)
-    [line] = [line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2]
-    assert line.get_xdata().tolist() == [
-        1000 - methods.index("chanscale@0.99"),
-        1000 - methods.index("chanscale"),
-    ]
+    lines = [line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2]
+    looks = dict(zip(methods, marks, strict=True))
+    for line, method in zip(lines, ("random", "chanscale"), strict=True):
+        places = [methods.index(f"{method}@0.99"), methods.index(method)]
+        assert line.get_xdata().tolist() == [1000 - place for place in places]
+        assert {line.get_color()} == {looks[name].get_color() for name in (method, f"{method}@0.99")}
 
 
 @pytest.mark.parametrize(("aucs", "high"), [((0.8, 0.99), 1.0), ((0.8, 0.81, 0.8), 0.818)])

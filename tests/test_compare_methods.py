@@ -2,7 +2,7 @@
 
 import pytest
 
-from chanscale.baselines import LEARNING_RATES
+from chanscale.baselines import BASELINES, LEARNING_RATES
 from chanscale.comparison.methods import COMMON, configure, find_reference, learning_rates, parse_methods
 from chanscale.config import FitConfig
 from chanscale.errors import ConfigError
@@ -14,9 +14,19 @@ def test_methods_are_known_ones_each_once():
     known = ("head", "full")
     got = parse_methods(["full", "chanscale", "chanscale@0.990", "chanscale@0.99", "full"], known)
     assert got == ("full", "chanscale", "chanscale@0.99")
-    for wrong in ("nonsense", "head@0.9", "head+round_to=1", "chanscale-2"):
-        with pytest.raises(ConfigError, match="--methods must be among head, full, chanscale and"):
+    for wrong in ("nonsense", "head@0.9", "head+round_to=1", "chanscale-2", "random", "random@0.9"):
+        with pytest.raises(ConfigError, match="--methods must be among head, full, chanscale, METHOD@"):
             parse_methods([wrong], known)
+
+
+def test_those_that_cut_take_a_budget_and_nothing_else():
+    assert parse_methods(["random", "random@0.990", "random@.99"], BASELINES) == ("random", "random@0.99")
+    assert configure("random@0.99", CONFIG, seed=3) == CONFIG.model_copy(update={"budget": 0.99, "seed": 3})
+    assert learning_rates("taylor@0.9", CONFIG) == LEARNING_RATES["taylor"]
+    with pytest.raises(ConfigError, match=r"only chanscale takes options; write taylor or taylor@BUDGET$"):
+        parse_methods(["taylor@0.9+round_to=1"], BASELINES)
+    with pytest.raises(ConfigError, match=r"^random@2: budget: Input should be less than 1"):
+        parse_methods(["random@2"], BASELINES)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +110,10 @@ def test_others_are_compared_with_ours_with_the_common_options():
     assert find_reference(["head", "chanscale@0.99", "chanscale"]) == "chanscale"
     assert find_reference(["head", "chanscale+round_to=1", "chanscale@0.99"]) == "chanscale+round_to=1"
     assert find_reference(["head"]) is None
+
+
+def test_a_method_at_its_own_budget_is_compared_with_ours_at_the_same():
+    methods = ["chanscale", "chanscale@0.99", "random", "random@0.99", "random@0.9"]
+    assert [find_reference(methods, method) for method in methods] == [
+        "chanscale", "chanscale", "chanscale", "chanscale@0.99", "chanscale",
+    ]  # fmt: skip

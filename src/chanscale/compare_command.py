@@ -43,7 +43,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Baselines, chanscale, and ours with options of its own: chanscale@BUDGET+OPTION=VALUE."
+            help="Baselines; those that cut also as METHOD@BUDGET; chanscale, also with options of its own: "
+            "chanscale@BUDGET+OPTION=VALUE."
         ),
     ] = "head,full,chanscale",
     folds: Annotated[

@@ -67,8 +67,12 @@ penalty of their linear head themselves."""
 ON_OUR_CHANNELS = frozenset({"random", "select-only"})
 """Methods that begin with a fit of ours, or with the channels that one found on the same images."""
 
+BUDGETED = ON_OUR_CHANNELS | {"taylor-frozen", "magnitude", "taylor", "slimming"}
+"""Methods that cut the network to the budget."""
+
 __all__ = [
     "BASELINES",
+    "BUDGETED",
     "LEARNING_RATES",
     "ON_OUR_CHANNELS",
     "OurChannels",

@@ -12,7 +12,7 @@ from chanscale.baselines import BASELINES, ON_OUR_CHANNELS, OurChannels
 from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
 from chanscale.comparison.folds import learning_and_test, split_for_cell
-from chanscale.comparison.methods import OURS, is_ours, learning_rates
+from chanscale.comparison.methods import is_ours, learning_rates, ours_like, plain
 from chanscale.config import READING, TIMING, FitConfig, before_it_existed
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
@@ -111,9 +111,9 @@ class CellSpec:
     def find_ours(self) -> Self | None:
         """Return the spec of ours on the same images, if this cell is of a method that begins with a fit of it."""
         # With a tolerance, ours goes on behind the budget, where the others have nothing to look for.
-        if self.cell.method not in ON_OUR_CHANNELS or self.config.tolerance is not None:
+        if plain(self.cell.method) not in ON_OUR_CHANNELS or self.config.tolerance is not None:
             return None
-        return replace(self, cell=replace(self.cell, method=OURS, lr=None))
+        return replace(self, cell=replace(self.cell, method=ours_like(self.cell.method), lr=None))
 
     def write(self, folder: Path, result: Result) -> Path:
         """Write the file of the cell into `folder`, whole or not at all, and return its path."""
@@ -247,7 +247,7 @@ def _train_baseline(spec: CellSpec, images: ImageSet, config: FitConfig, watcher
     own: dict[str, Any] = {} if spec.cell.lr is None else {"lr": spec.cell.lr}
     if spec.ours:
         own["found"] = OurChannels.from_dict(spec.ours["channels"])
-    model, _ = BASELINES[spec.cell.method](classifier, decoded, splits, config, watcher, **own)
+    model, _ = BASELINES[plain(spec.cell.method)](classifier, decoded, splits, config, watcher, **own)
     return _Trained(model.eval(), before, _sizes(model, decoded), describe_resources())
 
 

@@ -1,4 +1,5 @@
-"""What a grid compares: the baselines by their names, and ours, also with options of its own; and what each tries."""
+"""What a grid compares: the baselines by their names, those that cut also at budgets of their own, and ours, also with
+other options; and what each tries."""
 
 import json
 import re
@@ -7,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from chanscale.baselines import LEARNING_RATES
+from chanscale.baselines import BUDGETED, LEARNING_RATES
 from chanscale.config import FitConfig
 from chanscale.errors import ConfigError, one_line
 
@@ -25,8 +26,9 @@ MAX_NAME = 150
 def parse_methods(names: Iterable[str], baselines: Iterable[str]) -> tuple[str, ...]:
     """Return the methods of these names, each once. Raises ConfigError.
 
-    `chanscale@0.99+round_to=1` is ours at that budget and with that option, whatever the others have. What is returned
-    has the options in order and is a safe name of a file: each method has one name.
+    `chanscale@0.99+round_to=1` is ours at that budget and with that option, whatever the others have, and
+    `random@0.99` is a baseline that cuts, at that budget. What is returned has the options in order and is a safe name
+    of a file: each method has one name.
     """
     known = (*baselines, OURS)
     return tuple(dict.fromkeys(_parse(name, known) for name in names))
@@ -34,19 +36,24 @@ def parse_methods(names: Iterable[str], baselines: Iterable[str]) -> tuple[str, 
 
 def is_ours(method: str) -> bool:
     """Tell whether this is our method, with any options."""
-    return re.split("[@+]", method, maxsplit=1)[0] == OURS
+    return plain(method) == OURS
 
 
-def is_ours_at_a_budget(method: str) -> bool:
-    """Tell whether this is our method, with no option of its own but the budget."""
-    return is_ours(method) and "+" not in method
+def plain(method: str) -> str:
+    """Return the name of a method without budget and options: that of a baseline, or of ours."""
+    return re.split("[@+]", method, maxsplit=1)[0]
+
+
+def ours_like(method: str) -> str:
+    """Return the name of ours at the budget of `method`, if that has one of its own."""
+    return OURS + method.removeprefix(plain(method))
 
 
 def configure(method: str, config: FitConfig, *, seed: int, lr: float | None = None) -> FitConfig:
     """Return `config` for one cell of `method`; `lr`: None for its default. Raises ConfigError."""
-    own: dict[str, Any] = {"seed": seed}
-    if is_ours(method):
-        own |= _read_options(method) | ({} if lr is None else {"refine_lr": lr})
+    own = _read_options(method) | {"seed": seed}
+    if is_ours(method) and lr is not None:
+        own["refine_lr"] = lr
     try:
         return FitConfig.build(config.model_dump() | own)
     except ConfigError as error:
@@ -59,7 +66,7 @@ def learning_rates(method: str, config: FitConfig) -> tuple[float, ...]:
     Ours: `refine_lr` and, as far apart as those of the baselines that train scales, one on either side.
     """
     if not is_ours(method):
-        return LEARNING_RATES.get(method, ())
+        return LEARNING_RATES.get(plain(method), ())
     lr = configure(method, config, seed=config.seed).refine_lr
     return float(f"{0.3 * lr:g}"), lr, float(f"{3 * lr:g}")
 
@@ -70,30 +77,40 @@ def find_tries(method: str, config: FitConfig, count: int) -> tuple[float | None
     return (None, rates[0], rates[-1])[:count] if rates else (None,)
 
 
-def find_reference(methods: Sequence[str]) -> str | None:
-    """Return the method that others are compared with: ours, with the common options if it is there."""
-    ours = [method for method in methods if is_ours(method)]
+def find_reference(methods: Sequence[str], method: str | None = None) -> str | None:
+    """Return the method that others are compared with: ours, with the common options if it is there.
+
+    `method`: the one to compare. If that cuts to a budget of its own, it is compared with ours at the same, if that is
+    there.
+    """
+    ours = [name for name in methods if is_ours(name)]
+    if method and not is_ours(method) and ours_like(method) in ours:
+        return ours_like(method)
     return OURS if OURS in ours else next(iter(ours), None)
 
 
 def _parse(name: str, known: Sequence[str]) -> str:
     if name in known:
         return name
-    if not is_ours(name):
+    cuts = plain(name) in BUDGETED.intersection(known)
+    if not is_ours(name) and not cuts:
         raise ConfigError(
-            f"--methods must be among {', '.join(known)} and {OURS}@BUDGET+OPTION=VALUE. Got {name!r}."
+            f"--methods must be among {', '.join(known)}, METHOD@BUDGET for those that cut, and "
+            f"{OURS}@BUDGET+OPTION=VALUE. Got {name!r}."
         )
+    if cuts and "+" in name:
+        raise ConfigError(f"{name}: only {OURS} takes options; write {plain(name)} or {plain(name)}@BUDGET")
     config = configure(name, FitConfig(), seed=0)
     texts = {option: _to_text(getattr(config, option)) for option in sorted(_read_options(name))}
     budget = f"@{texts.pop('budget')}" if "budget" in texts else ""
-    method = OURS + budget + "".join(f"+{option}={text}" for option, text in texts.items())
+    method = plain(name) + budget + "".join(f"+{option}={text}" for option, text in texts.items())
     if len(method) > MAX_NAME:
         raise ConfigError(f"{method} becomes part of a file name, and is too long; give it fewer options")
     return method
 
 
 def _read_options(method: str) -> dict[str, Any]:
-    """Return the options that the name of a method of ours holds, not yet validated. Raises ConfigError."""
+    """Return the options that the name of a method holds, not yet validated. Raises ConfigError."""
     first, *pairs = method.split("+")
     if "@" in first:
         pairs.insert(0, f"budget={first.partition('@')[2]}")

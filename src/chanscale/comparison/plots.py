@@ -1,19 +1,20 @@
 """The pictures of a comparison: AUC against parameters kept, and against the number of training images."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
 
-from chanscale.comparison.methods import is_ours_at_a_budget
+from chanscale.comparison.methods import plain
 from chanscale.comparison.table import Row, find, sort_sizes
 
 _COLOURS = ("#c44e52", "#3b76af", "#e1812c", "#3a923a", "#845b97", "#7f7f7f", "#b8a11d", "#2aa3a3", "#d684bd")
-_MARKERS = "osv^D"
-"""Of the first methods, of those that have the same colours again, and so on."""
+_MARKERS = "osv^DPX*<>"
+"""Of the first of those that have a colour, the second, and so on."""
 
 _BESIDE = 8
 """More methods than this are told beside the axes, where they hide nothing."""
@@ -25,7 +26,7 @@ Look = tuple[str, str]
 def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     """Draw the test AUC of each method against the parameters it keeps, on the most training images there are.
 
-    A small point is a cell, the large one their mean with its 95 % interval. A line joins ours at its budgets.
+    A small point is a cell, the large one their mean with its 95 % interval. A line joins a method at its budgets.
     """
     most = sort_sizes(row.size for row in rows)[-1]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
@@ -38,13 +39,13 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
             colour, marker = looks[row.method]
             axes.scatter(kept, aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
             _mark(axes, [row.mean("parameters", "kept")], [row], looks[row.method], line=False)
-    ours = [
-        (row.mean("parameters", "kept"), row.auc.value)
-        for row in rows
-        if row.size == most and is_ours_at_a_budget(row.method)
-    ]
-    if len(ours) > 1:
-        axes.plot(*zip(*sorted(ours), strict=True), color="#999999", linewidth=1)
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.size == most and "+" not in row.method:
+            lines.setdefault(plain(row.method), []).append(row)
+    for line in lines.values():
+        points = sorted((row.mean("parameters", "kept"), row.auc.value) for row in line)
+        axes.plot(*zip(*points, strict=True), color=looks[line[0].method][0], linewidth=1)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("all training images" if most is None else f"{most} training images", fontsize="medium")
@@ -80,9 +81,17 @@ def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], look: Look, 
 
 
 def _choose_looks(rows: Sequence[Row]) -> dict[str, Look]:
-    looks = [(colour, marker) for marker in _MARKERS for colour in _COLOURS]
-    methods = dict.fromkeys(row.method for row in rows)
-    return {method: looks[place % len(looks)] for place, method in enumerate(methods)}
+    """Return a look for each method; one method at several budgets, or with several options, keeps its colour."""
+    families: dict[str, list[str]] = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        families.setdefault(plain(method), []).append(method)
+    looks: dict[str, Look] = {}
+    taken: Counter[str] = Counter()
+    for colour, family in zip(cycle(_COLOURS), families.values(), strict=False):
+        for method in family:
+            looks[method] = colour, _MARKERS[taken[colour] % len(_MARKERS)]
+            taken[colour] += 1
+    return looks
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:

@@ -26,6 +26,8 @@ COLUMNS = (
 class Row:
     """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours.
 
+    Ours is that with the common options, and for a method that cuts to a budget of its own, that at the same budget.
+
     `results`: those chosen, one of each fold and seed. `tries`: of how many, the least and the most.
     """
 
@@ -80,11 +82,11 @@ def make_rows(results: Iterable[Result], methods: Sequence[str]) -> list[Row]:
         found.setdefault((size, method), {})[fold, seed] = tries
     present = {method for _, method in found}
     order = [method for method in dict.fromkeys([*methods, *sorted(present)]) if method in present]
-    reference = find_reference(order)
+    references = {method: find_reference(order, method) for method in order}
     return [
         _make_row(method, size, found[size, method], found.get((size, reference or "")), reference)
         for size in sort_sizes(size for size, _ in found)
-        for method in order
+        for method, reference in references.items()
         if (size, method) in found
     ]
 
@@ -109,8 +111,9 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     if reference and len({row.method for row in rows}) > 1:
         notes.insert(
             1,
-            f"Ours less it: AUC of {reference} less that of the method, on the cells that both have; paired bootstrap "
-            "over the test images, by patient where known. It knows of other patients, not of other trainings.",
+            f"Ours less it: AUC of {reference} (for METHOD@BUDGET, of ours at that budget if it is there) less that of "
+            "the method, on the cells that both have; paired bootstrap over the test images, by patient where known. "
+            "It knows of other patients, not of other trainings.",
         )
     if any(row.size for row in rows):
         notes.append("Of n training images: epochs and tries are chosen on n validation images at most.")
