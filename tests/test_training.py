@@ -1,6 +1,7 @@
 """Training as a whole, on a network and images that take a second."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -275,6 +276,23 @@ def test_a_tolerance_that_nothing_exceeds_ends_with_the_smallest_network_there_c
 def test_a_loss_that_is_not_finite_is_an_error():
     with pytest.raises(TrainingError, match=r"the loss became (nan|inf) in epoch 0"):
         run(tiny_config().model_copy(update={"head_lr": 1e36}))
+
+
+def test_where_rounding_leaves_little_to_select_it_is_said_what_leaves_more(caplog):
+    def hear(budget, round_to):
+        caplog.clear()
+        run(tiny_config(budget=budget, round_to=round_to, scale_epochs=1, refine_epochs=1))
+        return caplog.text
+
+    assert hear(0.3, 2) == ""
+    assert hear(0.9, 1) == ""
+    told = re.search(
+        r"--round-to 4 leaves .* hold (\d+)\.\d % of .* --round-to (\d) hold (\d+)\.", hear(0.9, 4)
+    )
+    filled, multiple, less = map(int, told.groups())
+    assert less < 75 <= filled <= 100
+    assert multiple in (1, 2)
+    assert hear(0.9, multiple) == ""
 
 
 @pytest.mark.parametrize("options", [{"budget": 0.9999}, {"min_channels": 8}, {"round_to": 16}], ids=str)
