@@ -506,7 +506,7 @@ def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
     for place, row in enumerate(rows):
         for result in row.results:
-            result["parameters"] = {**result["parameters"], "kept": 1000 - place}
+            result["parameters"] = {**result["parameters"], "kept": 2**-place}
     figure = draw_accuracy_size(rows)
     [axes], [legend] = figure.axes, figure.legends
     assert [text.get_text() for text in legend.texts] == methods
@@ -516,8 +516,22 @@ def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     looks = dict(zip(methods, marks, strict=True))
     for line, method in zip(lines, ("random", "chanscale"), strict=True):
         places = [methods.index(f"{method}@0.99"), methods.index(method)]
-        assert line.get_xdata().tolist() == [1000 - place for place in places]
+        assert line.get_xdata().tolist() == [2**-place for place in sorted(places, reverse=True)]
         assert {line.get_color()} == {looks[name].get_color() for name in (method, f"{method}@0.99")}
+
+
+def test_methods_that_keep_as_many_stand_side_by_side():
+    methods, kept = ["head", "full", "scale", "chanscale"], [1000, 1000, 990, 500]
+    rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
+    for row, count in zip(rows, kept, strict=True):
+        for result in row.results:
+            result["parameters"] = {**result["parameters"], "kept": count}
+    [axes] = draw_accuracy_size(rows).axes
+    places = [container.lines[0].get_xdata()[0] for container in axes.containers]
+    apart = np.diff(np.log(sorted(places[:3])))
+    assert (apart > 0.03).all()
+    assert np.exp(np.mean(np.log(places[:3]))) == pytest.approx(np.exp(np.mean(np.log(kept[:3]))))
+    assert places[3] == 500
 
 
 @pytest.mark.parametrize(("aucs", "high"), [((0.8, 0.99), 1.0), ((0.8, 0.81, 0.8), 0.818)])

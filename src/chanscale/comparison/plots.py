@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 
 from matplotlib.axes import Axes
@@ -19,6 +19,9 @@ _MARKERS = "osv^DPX*<>"
 _BESIDE = 8
 """More methods than this are told beside the axes, where they hide nothing."""
 
+_GAP = 0.05
+"""How far apart marks are to be, as a share of their place, not to lie on one another."""
+
 Look = tuple[str, str]
 """A colour and a marker."""
 
@@ -27,25 +30,26 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     """Draw the test AUC of each method against the parameters it keeps, on the most training images there are.
 
     A small point is a cell, the large one their mean with its 95 % interval. A line joins a method at its budgets.
+    Methods that keep as many stand side by side, around the place where all of them belong.
     """
     most = sort_sizes(row.size for row in rows)[-1]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="parameters kept in the trunk", ylabel="test AUC")
     looks = _choose_looks(rows)
-    for row in rows:
-        if row.size == most:
-            kept = [find(result, "parameters", "kept") for result in row.results]
-            aucs = [find(result, "auc") for result in row.results]
-            colour, marker = looks[row.method]
-            axes.scatter(kept, aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
-            _mark(axes, [row.mean("parameters", "kept")], [row], looks[row.method], line=False)
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.size == most and "+" not in row.method:
-            lines.setdefault(plain(row.method), []).append(row)
-    for line in lines.values():
-        points = sorted((row.mean("parameters", "kept"), row.auc.value) for row in line)
-        axes.plot(*zip(*points, strict=True), color=looks[line[0].method][0], linewidth=1)
+    shown = [row for row in rows if row.size == most]
+    apart = _stand_apart({row.method: row.mean("parameters", "kept") for row in shown})
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in shown:
+        colour, marker = looks[row.method]
+        kept = [find(result, "parameters", "kept") * apart[row.method] for result in row.results]
+        aucs = [find(result, "auc") for result in row.results]
+        axes.scatter(kept, aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
+        place = row.mean("parameters", "kept") * apart[row.method]
+        _mark(axes, [place], [row], looks[row.method], line=False)
+        if "+" not in row.method:
+            lines.setdefault((plain(row.method), colour), []).append((place, row.auc.value))
+    for (_, colour), points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("all training images" if most is None else f"{most} training images", fontsize="medium")
@@ -66,6 +70,21 @@ def draw_small_data(rows: Sequence[Row]) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
     return _finish(figure, axes)
+
+
+def _stand_apart(places: Mapping[str, float]) -> dict[str, float]:
+    """Return what to multiply each place with, on a logarithmic axis, for marks that would lie on one another."""
+    crowds: list[list[str]] = []
+    for name in sorted(places, key=lambda name: places[name]):
+        if crowds and places[name] <= (1 + _GAP) * places[crowds[-1][-1]]:
+            crowds[-1].append(name)
+        else:
+            crowds.append([name])
+    return {
+        name: (1 + _GAP) ** (place - (len(crowd) - 1) / 2)
+        for crowd in crowds
+        for place, name in enumerate(crowd)
+    }
 
 
 def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], look: Look, *, line: bool) -> None:
