@@ -126,6 +126,13 @@ def test_an_option_in_the_name_of_ours_is_that_of_its_cell(data, tiny):
     assert kept != run_cell(spec_of(data, "chanscale"))["parameters"]["kept"]
 
 
+@pytest.mark.parametrize("method", ["random", "taylor-frozen"])
+def test_a_budget_in_the_name_of_a_baseline_is_that_of_its_cell(data, tiny, method):
+    named, given = run_cell(spec_of(data, f"{method}@0.7")), run_cell(spec_of(data, method, budget=0.7))
+    assert named["test"] == given["test"]
+    assert named["parameters"] == given["parameters"] != run_cell(spec_of(data, method))["parameters"]
+
+
 @pytest.mark.parametrize(
     ("method", "rates"), [("full", (1e-5, 3e-5, 1e-4)), ("chanscale", (3e-3, 1e-2, 3e-2))]
 )

@@ -176,11 +176,11 @@ def test_the_channels_of_ours_are_lent_to_those_that_would_fit_it_again(folder):
 
 def test_channels_are_lent_to_those_of_the_same_budget(folder):
     kept = {"channels": {"kept": {"trunk.0": [1, 3]}}}
-    methods = ("random@0.99", "random", "head", "chanscale@0.99")
+    methods = ("random@0.99", "random", "chanscale", "chanscale@0.99")
     lent = lend(folder, methods=methods, **kept)
-    assert list(lent) == ["head", "chanscale@0.99", "random@0.99", "random"]
+    assert list(lent) == ["chanscale", "chanscale@0.99", "random@0.99", "random"]
     assert lent["random@0.99"]["channels"] == kept["channels"]
-    assert lent["random"] is None
+    assert lent["random"] is None  # the cell of ours at the common budget has not been run
 
 
 @pytest.mark.parametrize(
@@ -498,6 +498,27 @@ def test_nothing_to_draw_is_an_error(folder, tmp_path):
         draw_grid(GridFolder(tmp_path / "nowhere"))
 
 
+def test_a_baseline_at_a_budget_of_its_own_is_compared_with_ours_at_the_same():
+    signals = {"chanscale": 1.5, "chanscale@0.99": 0.8, "random": 0.2, "random@0.99": 0.2, "random@0.9": 0.2}
+
+    def compare(*methods):
+        cells = [make_result(Cell(method, None, 0, 0), signal=signals[method]) for method in methods]
+        rows = make_rows(cells, methods)
+        return {row.method: (row.ours, row.difference) for row in rows}, to_markdown(rows, missing=0)
+
+    rows, text = compare(*signals)
+    assert [ours for ours, _ in rows.values()] == [
+        "chanscale", "chanscale", "chanscale", "chanscale@0.99", "chanscale",
+    ]  # fmt: skip
+    assert rows["random"][1].value > rows["random@0.99"][1].value > 0
+    assert rows["random"][1].value == rows["random@0.9"][1].value
+    assert "AUC of chanscale less" in text
+    assert "For random@0.99, ours is that of the same budget." in text
+    rows, text = compare("chanscale", "random", "random@0.99")
+    assert rows["random"] == rows["random@0.99"]
+    assert "same budget" not in text
+
+
 def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     methods = [
         "head", "best-layer", "full", "last-block", "scratch", "scale", "bias", "random", "taylor", "magnitude",
@@ -516,22 +537,25 @@ def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     looks = dict(zip(methods, marks, strict=True))
     for line, method in zip(lines, ("random", "chanscale"), strict=True):
         places = [methods.index(f"{method}@0.99"), methods.index(method)]
-        assert line.get_xdata().tolist() == [2**-place for place in sorted(places, reverse=True)]
+        assert line.get_xdata().tolist() == pytest.approx(
+            [2**-place for place in sorted(places, reverse=True)]
+        )
         assert {line.get_color()} == {looks[name].get_color() for name in (method, f"{method}@0.99")}
 
 
 def test_methods_that_keep_as_many_stand_side_by_side():
-    methods, kept = ["head", "full", "scale", "chanscale"], [1000, 1000, 990, 500]
+    methods, kept = ["head", "full", "scale", "bias", "chanscale"], [1000, 1000, 990, 1070, 500]
     rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
     for row, count in zip(rows, kept, strict=True):
         for result in row.results:
             result["parameters"] = {**result["parameters"], "kept": count}
     [axes] = draw_accuracy_size(rows).axes
     places = [container.lines[0].get_xdata()[0] for container in axes.containers]
-    apart = np.diff(np.log(sorted(places[:3])))
-    assert (apart > 0.03).all()
-    assert np.exp(np.mean(np.log(places[:3]))) == pytest.approx(np.exp(np.mean(np.log(kept[:3]))))
-    assert places[3] == 500
+    apart = np.diff(np.log(sorted(places[:4])))
+    assert (apart > 0.07).all()
+    assert np.mean(np.log(places[:4])) == pytest.approx(np.mean(np.log(kept[:4])))
+    assert places[4] == pytest.approx(500)
+    assert axes.get_xlabel().endswith("side by side)")
 
 
 @pytest.mark.parametrize(("aucs", "high"), [((0.8, 0.99), 1.0), ((0.8, 0.81, 0.8), 0.818)])

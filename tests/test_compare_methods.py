@@ -110,10 +110,3 @@ def test_others_are_compared_with_ours_with_the_common_options():
     assert find_reference(["head", "chanscale@0.99", "chanscale"]) == "chanscale"
     assert find_reference(["head", "chanscale+round_to=1", "chanscale@0.99"]) == "chanscale+round_to=1"
     assert find_reference(["head"]) is None
-
-
-def test_a_method_at_its_own_budget_is_compared_with_ours_at_the_same():
-    methods = ["chanscale", "chanscale@0.99", "random", "random@0.99", "random@0.9"]
-    assert [find_reference(methods, method) for method in methods] == [
-        "chanscale", "chanscale", "chanscale", "chanscale@0.99", "chanscale",
-    ]  # fmt: skip

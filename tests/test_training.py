@@ -279,9 +279,9 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 
 def test_where_rounding_leaves_little_to_select_it_is_said_what_leaves_more(caplog):
-    def hear(budget, round_to):
+    def hear(budget, round_to, **options):
         caplog.clear()
-        run(tiny_config(budget=budget, round_to=round_to, scale_epochs=1, refine_epochs=1))
+        run(tiny_config(budget=budget, round_to=round_to, scale_epochs=1, refine_epochs=1, **options))
         return caplog.text
 
     assert hear(0.3, 2) == ""
@@ -293,6 +293,7 @@ def test_where_rounding_leaves_little_to_select_it_is_said_what_leaves_more(capl
     assert less < 75 <= filled <= 100
     assert multiple in (1, 2)
     assert hear(0.9, multiple) == ""
+    assert hear(0.88, 4, min_channels=4) == ""  # finer widths would hold as much
 
 
 @pytest.mark.parametrize("options", [{"budget": 0.9999}, {"min_channels": 8}, {"round_to": 16}], ids=str)

@@ -29,9 +29,10 @@ from chanscale.state import Best, TrainingState, make_optimizer, move_state
 from chanscale.wording import percent
 
 LITTLE_CHOICE = 3 / 4
-"""A share of what the budget leaves. Where the least widths hold more, rounding decides more than the scales do: at
-98 %, VGG16 was left with one channel in its last layer, and at chance; at 49 %, finer widths were no better
-(docs/benchmarks/nih_opacity_64.md)."""
+"""A share of what the budget leaves; where the least widths hold more, rounding is said to leave little to select.
+
+It lies between two cases: at 98 %, VGG16 was left with one channel in its last layer, and at chance; at 49 %, finer
+widths read no better (docs/benchmarks/nih_opacity_64.md)."""
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,10 @@ def width_rule(model: Classifier, groups: tuple[ChannelGroup, ...], config: FitC
 
 
 def find_little_choice(cost: TrunkCost, rule: WidthRule, config: FitConfig) -> str | None:
-    """Return, where rounding leaves little to select, what to do about it; None otherwise, and where it is an error."""
+    """Return, where rounding leaves little to select at the first budget, what to do about it; else None.
+
+    Also None where the budget cannot be met, which is an error, and where finer widths would hold as much.
+    """
     left = (1 - config.budget) * cost.original(config.budget_of)
 
     def filled(multiple: int) -> float:
@@ -118,7 +122,7 @@ def find_little_choice(cost: TrunkCost, rule: WidthRule, config: FitConfig) -> s
         least = {name: torch.arange(finer.floor(name, width)) for name, width in cost.widths.items()}
         return cost.of(config.budget_of, least) / left
 
-    if rule.round_to == 1 or not LITTLE_CHOICE < filled(rule.round_to) <= 1:
+    if not LITTLE_CHOICE < filled(rule.round_to) <= 1 or filled(1) > LITTLE_CHOICE:
         return None
     multiple = rule.round_to
     while multiple > 1 and filled(multiple) > LITTLE_CHOICE:

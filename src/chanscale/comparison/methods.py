@@ -45,7 +45,7 @@ def plain(method: str) -> str:
 
 
 def ours_like(method: str) -> str:
-    """Return the name of ours at the budget of `method`, if that has one of its own."""
+    """Return the name of ours at the budget that `method` has in its name, if it has one there."""
     return OURS + method.removeprefix(plain(method))
 
 
@@ -77,15 +77,9 @@ def find_tries(method: str, config: FitConfig, count: int) -> tuple[float | None
     return (None, rates[0], rates[-1])[:count] if rates else (None,)
 
 
-def find_reference(methods: Sequence[str], method: str | None = None) -> str | None:
-    """Return the method that others are compared with: ours, with the common options if it is there.
-
-    `method`: the one to compare. If that cuts to a budget of its own, it is compared with ours at the same, if that is
-    there.
-    """
-    ours = [name for name in methods if is_ours(name)]
-    if method and not is_ours(method) and ours_like(method) in ours:
-        return ours_like(method)
+def find_reference(methods: Sequence[str]) -> str | None:
+    """Return the method that others are compared with: ours, with the common options if it is there."""
+    ours = [method for method in methods if is_ours(method)]
     return OURS if OURS in ours else next(iter(ours), None)
 
 

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator
+from sklearn.isotonic import isotonic_regression
 
 from chanscale.comparison.methods import plain
 from chanscale.comparison.table import Row, find, sort_sizes
@@ -19,8 +21,8 @@ _MARKERS = "osv^DPX*<>"
 _BESIDE = 8
 """More methods than this are told beside the axes, where they hide nothing."""
 
-_GAP = 0.05
-"""How far apart marks are to be, as a share of their place, not to lie on one another."""
+_GAP = 0.08
+"""How far apart marks are to be at least, as a share of their place, not to lie on one another."""
 
 Look = tuple[str, str]
 """A colour and a marker."""
@@ -30,7 +32,7 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     """Draw the test AUC of each method against the parameters it keeps, on the most training images there are.
 
     A small point is a cell, the large one their mean with its 95 % interval. A line joins a method at its budgets.
-    Methods that keep as many stand side by side, around the place where all of them belong.
+    Methods that keep as many stand side by side, around the place where all of them belong, and the axis says so.
     """
     most = sort_sizes(row.size for row in rows)[-1]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
@@ -50,6 +52,8 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
             lines.setdefault((plain(row.method), colour), []).append((place, row.auc.value))
     for (_, colour), points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1)
+    if not np.allclose([*apart.values()], 1):
+        axes.set_xlabel(f"{axes.get_xlabel()} (marks that would overlap: side by side)")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("all training images" if most is None else f"{most} training images", fontsize="medium")
@@ -73,18 +77,16 @@ def draw_small_data(rows: Sequence[Row]) -> Figure:
 
 
 def _stand_apart(places: Mapping[str, float]) -> dict[str, float]:
-    """Return what to multiply each place with, on a logarithmic axis, for marks that would lie on one another."""
-    crowds: list[list[str]] = []
-    for name in sorted(places, key=lambda name: places[name]):
-        if crowds and places[name] <= (1 + _GAP) * places[crowds[-1][-1]]:
-            crowds[-1].append(name)
-        else:
-            crowds.append([name])
-    return {
-        name: (1 + _GAP) ** (place - (len(crowd) - 1) / 2)
-        for crowd in crowds
-        for place, name in enumerate(crowd)
-    }
+    """Return what to multiply each place with, on a logarithmic axis, so that no mark lies on another.
+
+    As little as does it, in least squares: an isotonic regression, of what is left of the places when each is to be
+    one gap further than that before.
+    """
+    order = sorted(places, key=lambda name: places[name])
+    logs = np.log([places[name] for name in order])
+    gaps = np.log1p(_GAP) * np.arange(len(order))
+    moved = isotonic_regression(logs - gaps) + gaps - logs
+    return dict(zip(order, np.exp(moved).tolist(), strict=True))
 
 
 def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], look: Look, *, line: bool) -> None:

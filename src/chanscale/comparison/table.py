@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from chanscale.comparison.differences import Scores, mean_interval, paired_difference
-from chanscale.comparison.methods import find_reference
+from chanscale.comparison.methods import find_reference, is_ours, ours_like
 from chanscale.errors import ArtifactError
 from chanscale.metrics import Estimate
 from chanscale.wording import percent, shorten
@@ -26,7 +26,7 @@ COLUMNS = (
 class Row:
     """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours.
 
-    Ours is that with the common options, and for a method that cuts to a budget of its own, that at the same budget.
+    `ours`: that with the common options; for a baseline at a budget of its own, ours at the same, if that is there.
 
     `results`: those chosen, one of each fold and seed. `tries`: of how many, the least and the most.
     """
@@ -36,6 +36,7 @@ class Row:
     results: tuple[Result, ...]
     tries: tuple[int, int]
     auc: Estimate
+    ours: str | None
     difference: Estimate | None
 
     def mean(self, *path: str) -> float:
@@ -82,12 +83,18 @@ def make_rows(results: Iterable[Result], methods: Sequence[str]) -> list[Row]:
         found.setdefault((size, method), {})[fold, seed] = tries
     present = {method for _, method in found}
     order = [method for method in dict.fromkeys([*methods, *sorted(present)]) if method in present]
-    references = {method: find_reference(order, method) for method in order}
+    reference = find_reference(order)
+
+    def ours_for(method: str, size: int | None) -> str | None:
+        twin = ours_like(method)
+        return twin if not is_ours(method) and (size, twin) in found else reference
+
     return [
-        _make_row(method, size, found[size, method], found.get((size, reference or "")), reference)
+        _make_row(method, size, found[size, method], found.get((size, ours or "")), ours)
         for size in sort_sizes(size for size, _ in found)
-        for method, reference in references.items()
+        for method in order
         if (size, method) in found
+        for ours in [ours_for(method, size)]
     ]
 
 
@@ -100,6 +107,7 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     """Return the table with what its numbers mean; `missing` cells are still to be run."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.to_cells() for row in rows)]
     reference = next((row.method for row in rows if row.difference is None), None)
+    budgeted = ", ".join(dict.fromkeys(row.method for row in rows if row.ours != reference))
     notes = [
         "Means over cells. In brackets, 95 %: behind the AUC a t interval over cells, whose training images overlap, "
         "which makes it somewhat narrow; it ends at 1.",
@@ -111,9 +119,9 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     if reference and len({row.method for row in rows}) > 1:
         notes.insert(
             1,
-            f"Ours less it: AUC of {reference} (for METHOD@BUDGET, of ours at that budget if it is there) less that of "
-            "the method, on the cells that both have; paired bootstrap over the test images, by patient where known. "
-            "It knows of other patients, not of other trainings.",
+            f"Ours less it: AUC of {reference} less that of the method, on the cells that both have; paired bootstrap "
+            "over the test images, by patient where known. It knows of other patients, not of other trainings."
+            + (f" For {budgeted}, ours is that of the same budget." if budgeted else ""),
         )
     if any(row.size for row in rows):
         notes.append("Of n training images: epochs and tries are chosen on n validation images at most.")
@@ -153,16 +161,16 @@ def _make_row(
     method: str,
     size: int | None,
     own: Mapping[Any, Sequence[Result]],
-    ours: Mapping[Any, Sequence[Result]] | None,
-    reference: str | None,
+    others: Mapping[Any, Sequence[Result]] | None,
+    ours: str | None,
 ) -> Row:
     chosen, difference = {key: choose(tries) for key, tries in own.items()}, None
-    if method != reference:
-        common = sorted(own.keys() & (ours or {}).keys())
-        difference = paired_difference([_pair(choose((ours or {})[key]), chosen[key]) for key in common])
+    if method != ours:
+        common = sorted(own.keys() & (others or {}).keys())
+        difference = paired_difference([_pair(choose((others or {})[key]), chosen[key]) for key in common])
     counts = [len(tries) for tries in own.values()]
     auc = _cut_off(mean_interval([find(result, "auc") for result in chosen.values()]))
-    return Row(method, size, tuple(chosen.values()), (min(counts), max(counts)), auc, difference)
+    return Row(method, size, tuple(chosen.values()), (min(counts), max(counts)), auc, ours, difference)
 
 
 def _cut_off(auc: Estimate) -> Estimate:
