@@ -12,7 +12,7 @@ from chanscale.comparison.cells import FORMAT, Cell, CellSpec, digest_images, re
 from chanscale.comparison.differences import Scores, paired_difference
 from chanscale.comparison.drawing import draw_grid
 from chanscale.comparison.grid import GridFolder, Plan
-from chanscale.comparison.plots import draw_accuracy_size
+from chanscale.comparison.plots import draw_accuracy_size, draw_small_data
 from chanscale.comparison.processes import run_cells
 from chanscale.comparison.table import choose, make_rows, to_csv, to_markdown
 from chanscale.config import FitConfig
@@ -541,6 +541,16 @@ def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
             [2**-place for place in sorted(places, reverse=True)]
         )
         assert {line.get_color()} == {looks[name].get_color() for name in (method, f"{method}@0.99")}
+
+
+def test_small_data_are_drawn_of_methods_that_were_run_on_several_numbers():
+    def drawn(*cells):
+        rows = make_rows([make_result(Cell(method, size, 0, 0)) for method, size in cells], ["head", "full"])
+        [axes] = draw_small_data(rows).axes
+        return axes.get_legend_handles_labels()[1]
+
+    assert drawn(("head", 50), ("head", None), ("full", None)) == ["head"]
+    assert drawn(("head", 50), ("full", None)) == ["head", "full"]
 
 
 def test_methods_that_keep_as_many_stand_side_by_side():

@@ -15,7 +15,7 @@ from chanscale.comparison.methods import plain
 from chanscale.comparison.table import Row, find, sort_sizes
 
 _COLOURS = ("#c44e52", "#3b76af", "#e1812c", "#3a923a", "#845b97", "#7f7f7f", "#b8a11d", "#2aa3a3", "#d684bd")
-_MARKERS = "osv^DPX*<>"
+_MARKERS = "osv^DPX*<>hpd8"
 """Of the first of those that have a colour, the second, and so on."""
 
 _BESIDE = 8
@@ -53,7 +53,7 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     for (_, colour), points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1)
     if not np.allclose([*apart.values()], 1):
-        axes.set_xlabel(f"{axes.get_xlabel()} (marks that would overlap: side by side)")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n(marks that would overlap: side by side)")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("all training images" if most is None else f"{most} training images", fontsize="medium")
@@ -61,7 +61,12 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
 
 
 def draw_small_data(rows: Sequence[Row]) -> Figure:
-    """Draw the test AUC of each method against the number of its training images, with 95 % intervals."""
+    """Draw the test AUC of each method against the number of its training images, with 95 % intervals.
+
+    Methods that were run on one number alone are left out, unless all were.
+    """
+    sizes = Counter(row.method for row in rows)
+    rows = [row for row in rows if sizes[row.method] > 1] or rows
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="training images", ylabel="test AUC")
     for method, look in _choose_looks(rows).items():
@@ -118,7 +123,8 @@ def _choose_looks(rows: Sequence[Row]) -> dict[str, Look]:
 def _finish(figure: Figure, axes: Axes) -> Figure:
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
-    if len(axes.get_legend_handles_labels()[1]) > _BESIDE:
+    if (count := len(axes.get_legend_handles_labels()[1])) > _BESIDE:
+        figure.set_size_inches(9.6, max(4.4, 0.4 + 0.185 * count))
         figure.legend(frameon=False, fontsize="small", loc="outside right upper")
     else:
         axes.legend(frameon=False, fontsize="small", loc="best")
