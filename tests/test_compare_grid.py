@@ -519,16 +519,22 @@ def test_a_baseline_at_a_budget_of_its_own_is_compared_with_ours_at_the_same():
     assert "same budget" not in text
 
 
+def rows_that_keep(kept):
+    """Rows of one cell each; `kept`: the parameters that each method keeps."""
+    size = make_result(Cell("head", None, 0, 0))["parameters"]
+    results = [
+        make_result(Cell(method, None, 0, 0)) | {"parameters": size | {"kept": count}}
+        for method, count in kept.items()
+    ]
+    return make_rows(results, [*kept])
+
+
 def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     methods = [
         "head", "best-layer", "full", "last-block", "scratch", "scale", "bias", "random", "taylor", "magnitude",
         "random@0.99", "chanscale", "chanscale@0.99", "chanscale+round_to=1",
     ]  # fmt: skip
-    rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
-    for place, row in enumerate(rows):
-        for result in row.results:
-            result["parameters"] = {**result["parameters"], "kept": 2**-place}
-    figure = draw_accuracy_size(rows)
+    figure = draw_accuracy_size(rows_that_keep({method: 2**-place for place, method in enumerate(methods)}))
     [axes], [legend] = figure.axes, figure.legends
     assert [text.get_text() for text in legend.texts] == methods
     marks = [container.lines[0] for container in axes.containers]
@@ -554,16 +560,12 @@ def test_small_data_are_drawn_of_methods_that_were_run_on_several_numbers():
 
 
 def test_methods_that_keep_as_many_stand_side_by_side():
-    methods, kept = ["head", "full", "scale", "bias", "chanscale"], [1000, 1000, 990, 1070, 500]
-    rows = make_rows([make_result(Cell(method, None, 0, 0)) for method in methods], methods)
-    for row, count in zip(rows, kept, strict=True):
-        for result in row.results:
-            result["parameters"] = {**result["parameters"], "kept": count}
-    [axes] = draw_accuracy_size(rows).axes
+    kept = {"head": 1000, "full": 1000, "scale": 990, "bias": 1070, "chanscale": 500}
+    [axes] = draw_accuracy_size(rows_that_keep(kept)).axes
     places = [container.lines[0].get_xdata()[0] for container in axes.containers]
     apart = np.diff(np.log(sorted(places[:4])))
     assert (apart > 0.07).all()
-    assert np.mean(np.log(places[:4])) == pytest.approx(np.mean(np.log(kept[:4])))
+    assert np.mean(np.log(places[:4])) == pytest.approx(np.mean(np.log([*kept.values()][:4])))
     assert places[4] == pytest.approx(500)
     assert axes.get_xlabel().endswith("side by side)")
 

@@ -68,6 +68,10 @@ class TrunkCost:
         """`parameters` or `macs` of the pretrained trunk: what is left out of it counts."""
         return self.of(what) + (self.left_out.macs if what == "macs" else self.left_out.parameters)
 
+    def limit(self, what: str, budget: float) -> float:
+        """Return what may be left of the pretrained trunk when the `budget`, a share of it, is removed."""
+        return (1 - budget) * self.original(what)
+
     def per_channel(self, what: str) -> dict[str, float]:
         """Return what the removal of one channel saves, the mean over each group that is not protected."""
         outputs, inputs = self._count({})

@@ -119,7 +119,7 @@ class BudgetPenalty:
         return keep_within(importance, cost=self.cost, of=of, limit=self._limit(budget), rule=self.rule)
 
     def _limit(self, budget: float) -> float:
-        return (1 - budget) * self.whole.original(self.config.budget_of)
+        return self.whole.limit(self.config.budget_of, budget)
 
     def _press(self, scales: GroupScales, pace: Pace) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
         """Return the importance of each channel, what to take off the pivot's, and how much more off each scale."""

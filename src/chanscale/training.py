@@ -115,17 +115,17 @@ def find_little_choice(cost: TrunkCost, rule: WidthRule, config: FitConfig) -> s
 
     Also None where the budget cannot be met, which is an error, and where finer widths would hold as much.
     """
-    left = (1 - config.budget) * cost.original(config.budget_of)
+    of = config.budget_of
 
     def filled(multiple: int) -> float:
         finer = replace(rule, round_to=multiple)
         least = {name: torch.arange(finer.floor(name, width)) for name, width in cost.widths.items()}
-        return cost.of(config.budget_of, least) / left
+        return cost.of(of, least) / cost.limit(of, config.budget)
 
     if not LITTLE_CHOICE < filled(rule.round_to) <= 1 or filled(1) > LITTLE_CHOICE:
         return None
     multiple = rule.round_to
-    while multiple > 1 and filled(multiple) > LITTLE_CHOICE:
+    while filled(multiple) > LITTLE_CHOICE:  # at 1, it is not
         multiple //= 2
     return (
         f"--round-to {rule.round_to} leaves little to select: the least widths that it allows hold "

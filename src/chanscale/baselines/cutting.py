@@ -44,7 +44,7 @@ class Target:
         Raises BudgetError when the widths allowed cannot meet it.
         """
         of = self.config.budget_of
-        limit = (1 - self.config.budget) * self.cost.original(of)
+        limit = self.cost.limit(of, self.config.budget)
         return keep_within(importance, cost=self.cost, of=of, limit=limit, rule=self.rule)[0]
 
     def removed(self, selection: ChannelSelection) -> float:

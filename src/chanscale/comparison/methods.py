@@ -86,18 +86,19 @@ def find_reference(methods: Sequence[str]) -> str | None:
 def _parse(name: str, known: Sequence[str]) -> str:
     if name in known:
         return name
-    cuts = plain(name) in BUDGETED.intersection(known)
+    base = plain(name)
+    cuts = base in BUDGETED.intersection(known)
     if not is_ours(name) and not cuts:
         raise ConfigError(
             f"--methods must be among {', '.join(known)}, METHOD@BUDGET for those that cut, and "
             f"{OURS}@BUDGET+OPTION=VALUE. Got {name!r}."
         )
     if cuts and "+" in name:
-        raise ConfigError(f"{name}: only {OURS} takes options; write {plain(name)} or {plain(name)}@BUDGET")
+        raise ConfigError(f"{name}: only {OURS} takes options; write {base} or {base}@BUDGET")
     config = configure(name, FitConfig(), seed=0)
     texts = {option: _to_text(getattr(config, option)) for option in sorted(_read_options(name))}
     budget = f"@{texts.pop('budget')}" if "budget" in texts else ""
-    method = plain(name) + budget + "".join(f"+{option}={text}" for option, text in texts.items())
+    method = base + budget + "".join(f"+{option}={text}" for option, text in texts.items())
     if len(method) > MAX_NAME:
         raise ConfigError(f"{method} becomes part of a file name, and is too long; give it fewer options")
     return method

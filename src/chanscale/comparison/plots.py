@@ -39,14 +39,15 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     axes = figure.add_subplot(xscale="log", xlabel="parameters kept in the trunk", ylabel="test AUC")
     looks = _choose_looks(rows)
     shown = [row for row in rows if row.size == most]
-    apart = _stand_apart({row.method: row.mean("parameters", "kept") for row in shown})
+    places = {row.method: row.mean("parameters", "kept") for row in shown}
+    apart = _stand_apart(places)
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in shown:
         colour, marker = looks[row.method]
         kept = [find(result, "parameters", "kept") * apart[row.method] for result in row.results]
         aucs = [find(result, "auc") for result in row.results]
         axes.scatter(kept, aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
-        place = row.mean("parameters", "kept") * apart[row.method]
+        place = places[row.method] * apart[row.method]
         _mark(axes, [place], [row], looks[row.method], line=False)
         if "+" not in row.method:
             lines.setdefault((plain(row.method), colour), []).append((place, row.auc.value))
@@ -65,13 +66,14 @@ def draw_small_data(rows: Sequence[Row]) -> Figure:
 
     Methods that were run on one number alone are left out, unless all were.
     """
+    looks = _choose_looks(rows)  # of all, so that they are those of the other picture
     sizes = Counter(row.method for row in rows)
     rows = [row for row in rows if sizes[row.method] > 1] or rows
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="training images", ylabel="test AUC")
-    for method, look in _choose_looks(rows).items():
+    for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method]
-        _mark(axes, [row.mean("images", "train") for row in own], own, look, line=True)
+        _mark(axes, [row.mean("images", "train") for row in own], own, looks[method], line=True)
     places = sorted({round(row.mean("images", "train")) for row in rows})
     # Methods that were run on other folds have an image more or less.
     apart = [place for before, place in pairwise([0, *places]) if place > 1.1 * before]

@@ -27,7 +27,6 @@ class Row:
     """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours.
 
     `ours`: that with the common options; for a baseline at a budget of its own, ours at the same, if that is there.
-
     `results`: those chosen, one of each fold and seed. `tries`: of how many, the least and the most.
     """
 
@@ -90,11 +89,10 @@ def make_rows(results: Iterable[Result], methods: Sequence[str]) -> list[Row]:
         return twin if not is_ours(method) and (size, twin) in found else reference
 
     return [
-        _make_row(method, size, found[size, method], found.get((size, ours or "")), ours)
+        _make_row(method, size, found, ours_for(method, size))
         for size in sort_sizes(size for size, _ in found)
         for method in order
         if (size, method) in found
-        for ours in [ours_for(method, size)]
     ]
 
 
@@ -160,15 +158,17 @@ def _rank(result: Result) -> tuple[float, float]:
 def _make_row(
     method: str,
     size: int | None,
-    own: Mapping[Any, Sequence[Result]],
-    others: Mapping[Any, Sequence[Result]] | None,
+    found: Mapping[tuple[int | None, str], Mapping[tuple[int, int], Sequence[Result]]],
     ours: str | None,
 ) -> Row:
-    chosen, difference = {key: choose(tries) for key, tries in own.items()}, None
+    """Return the row of a method beside `ours`; `found`: the tries of each size and method, by fold and seed."""
+    tries, difference = found[size, method], None
+    chosen = {key: choose(several) for key, several in tries.items()}
     if method != ours:
-        common = sorted(own.keys() & (others or {}).keys())
-        difference = paired_difference([_pair(choose((others or {})[key]), chosen[key]) for key in common])
-    counts = [len(tries) for tries in own.values()]
+        others = found.get((size, ours or ""), {})
+        common = sorted(tries.keys() & others.keys())
+        difference = paired_difference([_pair(choose(others[key]), chosen[key]) for key in common])
+    counts = [len(several) for several in tries.values()]
     auc = _cut_off(mean_interval([find(result, "auc") for result in chosen.values()]))
     return Row(method, size, tuple(chosen.values()), (min(counts), max(counts)), auc, ours, difference)
 
