@@ -48,6 +48,22 @@ def test_options_of_ours_have_one_name(given, wanted):
     assert configure(wanted, CONFIG, seed=0) == configure(given[0], CONFIG, seed=0)
 
 
+def test_what_all_methods_have_is_left_out_of_their_names():
+    common = CONFIG.model_copy(update={"budget": 0.9, "round_to": 8})
+    given = [
+        "chanscale@0.9",
+        "chanscale",
+        "random@0.90",
+        "random",
+        "chanscale@0.95+round_to=8",
+        "chanscale+budget=.9",
+    ]
+    assert parse_methods(given, BASELINES, common) == ("chanscale", "random", "chanscale@0.95")
+    for method in given:
+        (name,) = parse_methods([method], BASELINES, common)
+        assert configure(name, common, seed=1) == configure(method, common, seed=1)
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [

@@ -126,7 +126,7 @@ def _make_plan(
     if max(chosen) >= folds:
         raise ConfigError(f"--only-folds must be below {folds}, the number of --folds. Got {max(chosen)}.")
     return Plan(
-        parse_methods(names, BASELINES), _read_sizes(sizes), folds, chosen,
+        parse_methods(names, BASELINES, config), _read_sizes(sizes), folds, chosen,
         _read_numbers("seeds", seeds), config, tries,
     )  # fmt: skip
 

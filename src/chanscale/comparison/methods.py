@@ -23,15 +23,17 @@ MAX_NAME = 150
 """Characters of a method; with what else is in the name of a cell's file, file systems take it."""
 
 
-def parse_methods(names: Iterable[str], baselines: Iterable[str]) -> tuple[str, ...]:
+def parse_methods(
+    names: Iterable[str], baselines: Iterable[str], common: FitConfig | None = None
+) -> tuple[str, ...]:
     """Return the methods of these names, each once. Raises ConfigError.
 
     `chanscale@0.99+round_to=1` is ours at that budget and with that option, whatever the others have, and
     `random@0.99` is a baseline that cuts, at that budget. What is returned has the options in order and is a safe name
-    of a file: each method has one name.
+    of a file: each method has one name, without what `common`, the options that all have, says already.
     """
     known = (*baselines, OURS)
-    return tuple(dict.fromkeys(_parse(name, known) for name in names))
+    return tuple(dict.fromkeys(_parse(name, known, common) for name in names))
 
 
 def is_ours(method: str) -> bool:
@@ -83,7 +85,7 @@ def find_reference(methods: Sequence[str]) -> str | None:
     return OURS if OURS in ours else next(iter(ours), None)
 
 
-def _parse(name: str, known: Sequence[str]) -> str:
+def _parse(name: str, known: Sequence[str], common: FitConfig | None) -> str:
     if name in known:
         return name
     base = plain(name)
@@ -95,8 +97,13 @@ def _parse(name: str, known: Sequence[str]) -> str:
         )
     if cuts and "+" in name:
         raise ConfigError(f"{name}: only {OURS} takes options; write {base} or {base}@BUDGET")
-    config = configure(name, FitConfig(), seed=0)
-    texts = {option: _to_text(getattr(config, option)) for option in sorted(_read_options(name))}
+    own = configure(name, common or FitConfig(), seed=0)
+    values = {option: getattr(own, option) for option in sorted(_read_options(name))}
+    texts = {
+        option: _to_text(value)
+        for option, value in values.items()
+        if common is None or value != getattr(common, option)
+    }
     budget = f"@{texts.pop('budget')}" if "budget" in texts else ""
     method = base + budget + "".join(f"+{option}={text}" for option, text in texts.items())
     if len(method) > MAX_NAME:
