@@ -21,6 +21,7 @@ from chanscale.learning_curve_command import learning_curve
 from chanscale.report_command import report
 from chanscale.stability_command import stability
 from chanscale.tune_command import tune
+from chanscale.weights_commands import weights_app
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -42,6 +43,7 @@ for command in (
     verify,
 ):
     app.command()(command)
+app.add_typer(weights_app, name="weights")
 
 
 def main() -> None:

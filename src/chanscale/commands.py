@@ -28,7 +28,6 @@ from chanscale.display import (
     describe_evaluation,
     describe_groups,
     describe_predictions,
-    describe_rows,
     out,
     program,
     say,
@@ -38,7 +37,7 @@ from chanscale.display import (
 )
 from chanscale.errors import ConfigError
 from chanscale.followers import is_follower
-from chanscale.wording import percent, printable, size_on_disk
+from chanscale.wording import percent, printable
 
 if TYPE_CHECKING:
     from chanscale.data import ImageSet
@@ -50,8 +49,6 @@ class UnfinishedRun(Exception):  # noqa: N818
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-weights_app = typer.Typer(help="Pretrained weights: what there is, and getting them.")
-app.add_typer(weights_app, name="weights")
 
 
 def _show_version(wanted: bool) -> None:
@@ -217,44 +214,6 @@ def inspect(
     say(
         f"{percent(report.prunable)} of the convolutions' parameters lie in groups that can be removed exactly."
     )
-
-
-@weights_app.command("list")
-def list_weights(as_json: JsonOption = False) -> None:
-    """Say which backbones there are, and which are in the cache."""
-    from dataclasses import asdict
-
-    from chanscale.weights import cache_folder, weights_status
-
-    statuses = weights_status()
-    if as_json:
-        show_json([asdict(status) | {"path": status.path and str(status.path)} for status in statuses])
-        return
-    rows = [(s.name, str(s.path or "not fetched"), size_on_disk(s.bytes), s.licence) for s in statuses]
-    out.print(describe_rows(("backbone", "cache", "size", "licence"), rows))
-    say(f"Cache: {cache_folder()}")
-    for status in statuses:
-        if status.path is None:
-            by_hand = " or ".join(f"{file} ({manual})" for file, manual in status.files.items())
-            say(
-                f"Get {status.name}: {program()} weights fetch {status.name}; or put into the cache {by_hand}."
-            )
-
-
-@weights_app.command("fetch")
-def fetch_weights(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Backbone.")] = "vgg16",
-    as_json: JsonOption = False,
-) -> None:
-    """Download pretrained weights into the cache, and verify each tensor."""
-    from chanscale import weights
-
-    with watching() as watcher:
-        path = weights.fetch_weights(name, progress=watcher.on_step)
-    if as_json:
-        show_json({"name": name, "path": str(path)})
-    else:
-        typer.echo(printable(str(path)))
 
 
 @app.command()
