@@ -29,7 +29,7 @@ def learning_curve(
     from chanscale.comparison.curve_drawing import draw_curve
     from chanscale.comparison.learning_curve import fit_curve
     from chanscale.files import require_writable, write_atomically
-    from chanscale.report import to_png
+    from chanscale.plotting import to_png
 
     if picture is not None:
         require_writable(picture)

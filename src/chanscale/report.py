@@ -14,6 +14,7 @@ from rich.table import Table
 
 from chanscale.depth import END
 from chanscale.files import write_atomically
+from chanscale.plotting import to_png
 from chanscale.wording import percent, printable, shorten, size_on_disk
 
 Row = Mapping[str, Any]
@@ -247,11 +248,3 @@ def label_layers(widths: Widths) -> list[str]:
     if list(widths.values()) == list(_VGG16_LAYERS.values()):
         return list(_VGG16_LAYERS)
     return [name.removeprefix("trunk.") for name in widths]
-
-
-def to_png(figure: Figure) -> bytes:
-    """Return the bytes of a PNG file, the same for the same figure."""
-    content = io.BytesIO()
-    # No name of a program or a version: the same run gives the same bytes.
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    return content.getvalue()

@@ -9,7 +9,7 @@ from chanscale.comparison.plots import draw_accuracy_size, draw_small_data
 from chanscale.comparison.table import Row, make_rows, to_csv, to_markdown
 from chanscale.errors import ArtifactError
 from chanscale.files import write_atomically
-from chanscale.report import to_png
+from chanscale.plotting import to_png
 
 
 def draw_grid(folder: GridFolder) -> tuple[list[Row], list[Path]]:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import chain, cycle, pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from sklearn.isotonic import isotonic_regression
 
 from chanscale.comparison.methods import plain
 from chanscale.comparison.table import Row, find, sort_sizes
+from chanscale.plotting import add_log_axes
 
 _COLOURS = ("#c44e52", "#3b76af", "#e1812c", "#3a923a", "#845b97", "#7f7f7f", "#b8a11d", "#2aa3a3", "#d684bd")
 _MARKERS = "osv^DPX*<>hpd8"
@@ -36,17 +37,22 @@ def draw_accuracy_size(rows: Sequence[Row]) -> Figure:
     """
     most = sort_sizes(row.size for row in rows)[-1]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel="parameters kept in the trunk", ylabel="test AUC")
     looks = _choose_looks(rows)
     shown = [row for row in rows if row.size == most]
     places = {row.method: row.mean("parameters", "kept") for row in shown}
     apart = _stand_apart(places)
+    kept = {
+        row.method: [find(result, "parameters", "kept") * apart[row.method] for result in row.results]
+        for row in shown
+    }
+    axes = add_log_axes(
+        figure, chain(*kept.values()), xlabel="parameters kept in the trunk", ylabel="test AUC"
+    )
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in shown:
         colour, marker = looks[row.method]
-        kept = [find(result, "parameters", "kept") * apart[row.method] for result in row.results]
         aucs = [find(result, "auc") for result in row.results]
-        axes.scatter(kept, aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
+        axes.scatter(kept[row.method], aucs, color=colour, marker=marker, alpha=0.35, s=14, linewidths=0)
         place = places[row.method] * apart[row.method]
         _mark(axes, [place], [row], looks[row.method], line=False)
         if "+" not in row.method:
@@ -70,11 +76,12 @@ def draw_small_data(rows: Sequence[Row]) -> Figure:
     sizes = Counter(row.method for row in rows)
     rows = [row for row in rows if sizes[row.method] > 1] or rows
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel="training images", ylabel="test AUC")
+    numbers = [row.mean("images", "train") for row in rows]
+    axes = add_log_axes(figure, numbers, xlabel="training images", ylabel="test AUC")
     for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method]
         _mark(axes, [row.mean("images", "train") for row in own], own, looks[method], line=True)
-    places = sorted({round(row.mean("images", "train")) for row in rows})
+    places = sorted({round(number) for number in numbers})
     # Methods that were run on other folds have an image more or less.
     apart = [place for before, place in pairwise([0, *places]) if place > 1.1 * before]
     axes.xaxis.set_major_locator(FixedLocator(apart))

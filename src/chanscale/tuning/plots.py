@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
+from chanscale.plotting import add_log_axes
 from chanscale.tuning.trials import COMPLETE, STOPPED, Result
 
 AXES = {"parameters": "parameters kept in the trunk", "macs": "MACs for an image"}
@@ -19,7 +20,8 @@ def draw_pareto(
     `images`: how many the AUC is of.
     """
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel=AXES[of], ylabel="validation AUC")
+    costs = [result[of]["kept"] for result in results]
+    axes = add_log_axes(figure, costs, xlabel=AXES[of], ylabel="validation AUC")
     for state, marker, colour in ((COMPLETE, "o", "#7f7f7f"), (STOPPED, "x", "#c44e52")):
         label = "ended" if state == COMPLETE else "stopped early"
         _scatter(axes, [result for result in results if result["state"] == state], of, marker, colour, label)

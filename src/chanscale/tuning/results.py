@@ -98,7 +98,7 @@ def _draw(
 ) -> None:
     if plan.of is None:
         return  # with the budget fixed, all trials keep about the same
-    from chanscale.report import to_png
+    from chanscale.plotting import to_png
     from chanscale.tuning.plots import draw_pareto
 
     figure = draw_pareto(results, front, best=best, of=plan.of, images=len(splits.validation))
