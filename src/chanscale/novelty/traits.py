@@ -88,18 +88,21 @@ def read_traits(
     for batch in BatchLoader(data, indices, batch_size=batch_size).epoch():
         features: dict[str, Tensor] = {}
         with hooked(_watch(model, layers, features)):
-            shares = probabilities(model(batch.images.to(device)), multilabel=model.multilabel).cpu()
+            logits = model(batch.images.to(device)).float().cpu()
         records = [data.images.records[index] for index in batch.indices.tolist()]
         shapes = torch.tensor([_shape_of(record, data.image_size) for record in records]).double()
         facts = torch.cat([measure_facts(batch.images), shapes], 1)
         inside = torch.cat([features[name] for name in layers], 1) if layers else facts[:, :0]
         pictures = draw_thumbnails(batch.images), measure_spectra(batch.images)
-        rows.append((facts, *pictures, inside, shares))
+        rows.append((facts, *pictures, inside, logits))
         if progress:
             progress(sum(len(row[0]) for row in rows), len(indices))
     if not rows:
         return Traits(*(np.zeros((0, 0)),) * 4, np.zeros((0, len(model.classes)), np.float32))
-    return Traits(*(torch.cat(column).numpy() for column in zip(*rows, strict=True)))
+    facts, thumbnails, spectra, inside, logits = (torch.cat(column) for column in zip(*rows, strict=True))
+    # Of all at once, as `predict` does it: a sigmoid rounds otherwise where a processor's vectors are not filled.
+    shares = probabilities(logits, multilabel=model.multilabel)
+    return Traits(facts.numpy(), thumbnails.numpy(), spectra.numpy(), inside.numpy(), shares.numpy())
 
 
 def _watch(model: nn.Module, layers: Sequence[str], found: dict[str, Tensor]) -> Iterator[RemovableHandle]:
