@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,9 +27,9 @@ def add_log_axes(figure: Figure, values: Iterable[float], *, xlabel: str, ylabel
     return axes
 
 
-def to_png(figure: Figure) -> bytes:
-    """Return the bytes of a PNG file, the same for the same figure."""
+def to_png(figure: Figure, *, dpi: float = 150, **saving: Any) -> bytes:
+    """Return the bytes of a PNG file, the same for the same figure; `saving`: what Pillow takes for one."""
     content = io.BytesIO()
     # No name of a program or a version: the same run gives the same bytes.
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(content, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs=saving)
     return content.getvalue()

@@ -1,6 +1,5 @@
 """A picture of an answer: the image under the map, the class, and the channels that made it."""
 
-import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 
 from chanscale.explain.evidence import signed
 from chanscale.explain.patches import Grey
+from chanscale.plotting import to_png
 from chanscale.wording import NOTICE
 
 Floats = NDArray[np.float64]
@@ -229,11 +229,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def _to_png(figure: Figure) -> bytes:
-    content = io.BytesIO()
     with warnings.catch_warnings():
         # A name may be in a script that the font lacks; it stands whole in the JSON.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        figure.savefig(
-            content, format="png", dpi=_DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-        )
-    return content.getvalue()
+        return to_png(figure, dpi=_DPI, compress_level=3)
