@@ -47,6 +47,13 @@ class PooledHead(nn.Module):
         maps = factor @ x.to(factor.dtype).flatten(2) + at_mean[:, None]
         return maps.reshape(x.shape[0], -1, *x.shape[2:])
 
+    def contributions(self, x: Tensor) -> Tensor:
+        """Return what each feature of `x` (N, C, *) adds to the logits: (N, outputs, C), whose sum lacks but the bias.
+
+        With stored statistics: a feature that is as large as on average over the training images adds 0.
+        """
+        return self.linear.weight * standardise(self.pool(x), self.mean, self.variance)[:, None]
+
     def pool(self, x: Tensor) -> Tensor:
         """Return features (N, C): the mean of each map of (N, C, *), in fp32 or better."""
         precise = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -36,8 +36,6 @@ UNCOUNTED = IDLE_OPTIONS - {"recompute"}
 """Options that do not tell two cells apart. What is computed again does: a cell has its time and its memory beside its
 scores."""
 
-MEMORY = "peak_memory_bytes"
-
 Result = dict[str, Any]
 
 
@@ -159,7 +157,9 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     machine = trained.machine
     if spec.ours:
         spent = {name: seconds + spec.ours[name] for name, seconds in spent.items()}
-        machine = machine | {MEMORY: max(machine[MEMORY], spec.ours[MEMORY])}
+        machine = machine | {
+            "peak_memory_bytes": max(machine["peak_memory_bytes"], spec.ours["peak_memory_bytes"])
+        }
     seen, unseen = load_images(learning, config, watcher), load_images(test, config, watcher)
     return {
         "format": FORMAT, "digest": spec.digest, "cell": asdict(spec.cell), "classes": list(images.classes),
@@ -233,7 +233,7 @@ def _learning_rate(spec: CellSpec) -> float | None:
 def _train_ours(_: CellSpec, images: ImageSet, config: FitConfig, watcher: Watcher) -> _Trained:
     run = scale_and_select(config.backbone, images, config=config, watcher=watcher)
     sizes = run.metrics["parameters"], run.metrics["macs"]
-    machine = {name: run.metrics[name] for name in (MEMORY, "threads", "versions")}
+    machine = {name: run.metrics[name] for name in ("peak_memory_bytes", "threads", "versions")}
     before, after = (tuple(size[name] for size in sizes) for name in ("trunk", "kept"))
     found = {"depth": run.metrics["depth"], "kept": run.info.kept}
     return _Trained(run.model, (before[0], before[1]), (after[0], after[1]), machine, found)

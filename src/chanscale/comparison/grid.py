@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from chanscale.comparison.cells import (
-    MEMORY,
     UNCOUNTED,
     Cell,
     CellSpec,
@@ -148,7 +147,9 @@ class GridFolder:
         result = read_cell(cell_path(self.cells, ours.cell)) if ours else None
         if ours is None or result is None or result["digest"] != ours.digest or not result.get("channels"):
             return None
-        return {name: result[name] for name in ("channels", "seconds", "processor_seconds", MEMORY)}
+        return {
+            name: result[name] for name in ("channels", "seconds", "processor_seconds", "peak_memory_bytes")
+        }
 
     def results(self) -> tuple[list[Result], list[Path]]:
         """Return what the cells that are there came to, and the files that are damaged."""

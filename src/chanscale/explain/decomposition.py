@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chanscale.errors import ModelError
-from chanscale.heads import PooledHead, standardise
+from chanscale.heads import PooledHead
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ def decompose(head: PooledHead, maps: Tensor) -> Decomposition:
         )
     # In fp64: the division by small deviations would enlarge rounding.
     head, maps = copy.deepcopy(head).double().eval(), maps.double()
-    scores = standardise(head.pool(maps), head.mean, head.variance)
     return Decomposition(
         logits=head(maps),
         bias=head.linear.bias.detach(),
-        contributions=head.linear.weight * scores[:, None],
+        contributions=head.contributions(maps),
         class_maps=head.class_map(maps),
     )

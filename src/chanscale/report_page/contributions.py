@@ -1,6 +1,6 @@
 """Which channels of the last layer the decisions on test images rest on, and what excites them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ from chanscale.explain.naming import ChannelNames
 from chanscale.explain.patches import Patch, cut_patch
 from chanscale.explain.receptive_fields import ReceptiveField, find_receptive_field
 from chanscale.export.examples import spread
-from chanscale.heads import standardise
 from chanscale.modes import device_of
 from chanscale.report import label_layers
 from chanscale.report_page.material import Material
@@ -57,7 +56,9 @@ def find_channels(material: Material) -> list[Channel]:
     if not isinstance(model, Classifier) or not test:
         return []
     chosen = spread(test, MOST_IMAGES)
-    parts = torch.cat(list(_contribute(model, material, chosen)))  # (N, outputs, channels)
+    with torch.no_grad():
+        each = [model.head.contributions(maps).cpu() for maps in material.feature_maps(model, chosen)]
+    parts = torch.cat(each)  # (N, outputs, channels)
     labels = torch.from_numpy(material.images.images.labels[np.asarray(chosen)])
     sizes = parts.abs().mean((0, 1))
     order = sizes.argsort(descending=True, stable=True)[:MOST].tolist()
@@ -68,15 +69,6 @@ def find_channels(material: Material) -> list[Channel]:
         Channel(name, float(sizes[place]), _towards(parts[:, 0, place], labels, material), found)
         for name, place, found in zip(names, order, excerpts, strict=True)
     ]
-
-
-@torch.no_grad()
-def _contribute(model: Classifier, material: Material, indices: list[int]) -> Iterator[Tensor]:
-    """Yield, for batches of images, what each feature adds to the logits: (N, outputs, channels), without the bias."""
-    head = model.head
-    for maps in material.feature_maps(model, indices):
-        standard = standardise(head.pool(maps), head.mean, head.variance)
-        yield (standard[:, None, :] * head.linear.weight).cpu()
 
 
 def _batch(material: Material, model: Classifier, indices: list[int]) -> Tensor:
