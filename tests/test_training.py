@@ -294,6 +294,9 @@ def test_where_rounding_leaves_little_to_select_it_is_said_what_leaves_more(capl
     assert multiple in (1, 2)
     assert hear(0.9, multiple) == ""
     assert hear(0.88, 4, min_channels=4) == ""  # finer widths would hold as much
+    # A tolerance goes on to where the least widths fill the budget, whatever the first one left.
+    assert hear(0.3, 4) == ""
+    assert "--round-to 4 leaves little to select" in hear(0.3, 4, tolerance=0.49)
 
 
 @pytest.mark.parametrize("options", [{"budget": 0.9999}, {"min_channels": 8}, {"round_to": 16}], ids=str)

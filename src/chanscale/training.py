@@ -9,7 +9,7 @@ import torch
 from chanscale.attaching import attach_scales
 from chanscale.channels import ChannelGroup, free_groups
 from chanscale.classifier import Classifier, lay_out, to_channels_last
-from chanscale.config import FitConfig
+from chanscale.config import CostKind, FitConfig
 from chanscale.costs import TrunkCost, trunk_cost
 from chanscale.coupling import NORMS
 from chanscale.data.loading import DecodedImages
@@ -58,8 +58,6 @@ def fit(
     groups = channel_groups(model, data.batch(splits.train[:2])[0])
     cost = trunk_cost(model, groups, data.batch(splits.train[:1])[0])
     rule = width_rule(model, groups, config)
-    if hint := find_little_choice(cost, rule, config):
-        _log.warning("%s", hint)
     penalty = BudgetPenalty(cost, rule, config)
     runner = EpochRunner(
         data,
@@ -78,6 +76,8 @@ def fit(
             continue
         if moment.opens_stage and moment.stage > 0 and not _goes_on(state, penalty, moment):
             break
+        if moment.opens_stage and (hint := find_little_choice(cost, rule, config.budget_of, moment.budget)):
+            _log.warning("%s", hint)
         runner.run(state, moment)
         if save:
             save(state)
@@ -110,17 +110,16 @@ def width_rule(model: Classifier, groups: tuple[ChannelGroup, ...], config: FitC
     return WidthRule(minimum=config.min_channels, round_to=config.round_to, unrounded=unrounded, sizes=sizes)
 
 
-def find_little_choice(cost: TrunkCost, rule: WidthRule, config: FitConfig) -> str | None:
-    """Return, where rounding leaves little to select at the first budget, what to do about it; else None.
+def find_little_choice(cost: TrunkCost, rule: WidthRule, of: CostKind, budget: float) -> str | None:
+    """Return, where rounding leaves little to select at a budget, what to do about it; else None.
 
     Also None where the budget cannot be met, which is an error, and where finer widths would hold as much.
     """
-    of = config.budget_of
 
     def filled(multiple: int) -> float:
         finer = replace(rule, round_to=multiple)
         least = {name: torch.arange(finer.floor(name, width)) for name, width in cost.widths.items()}
-        return cost.of(of, least) / cost.limit(of, config.budget)
+        return cost.of(of, least) / cost.limit(of, budget)
 
     if not LITTLE_CHOICE < filled(rule.round_to) <= 1 or filled(1) > LITTLE_CHOICE:
         return None
@@ -129,7 +128,7 @@ def find_little_choice(cost: TrunkCost, rule: WidthRule, config: FitConfig) -> s
         multiple //= 2
     return (
         f"--round-to {rule.round_to} leaves little to select: the least widths that it allows hold "
-        f"{percent(filled(rule.round_to))} of what the budget leaves; those of --round-to {multiple} hold "
+        f"{percent(filled(rule.round_to))} of what a budget of {budget:g} leaves; those of --round-to {multiple} hold "
         f"{percent(filled(multiple))}"
     )
 
