@@ -160,6 +160,12 @@ def test_channels_of_ours_are_lent_to_a_cell_that_would_find_the_same(data, tiny
     assert told["peak_memory_bytes"] >= ours["peak_memory_bytes"]
 
 
+def test_what_training_warned_of_stands_in_the_cell(data, tiny):
+    assert "warnings" not in run_cell(spec_of(data, "chanscale"))
+    (told,) = run_cell(spec_of(data, "chanscale", budget=0.9, round_to=4, depth="full"))["warnings"]
+    assert told.startswith("--round-to 4 leaves little to select")
+
+
 def test_images_that_have_changed_are_noticed(data, tiny):
     spec = spec_of(data, "head")
     with pytest.raises(DataError, match="have changed since the grid was begun"):
@@ -209,6 +215,21 @@ def test_what_no_cell_could_run_with_leaves_nothing(data, tiny, tmp_path, capsys
         out = ["--out", str(tmp_path / "grid")] if "--out" not in options else []
         assert message in error_of(capsys, ["compare", data, *OPTIONS, *out, *options])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_several_cells_warn_of_is_said_once(data, tiny, tmp_path, capsys):
+    asked = [
+        "--methods=chanscale",
+        "--only-folds=0,1",
+        "--tries=1",
+        "--depth=full",
+        "--round-to=4",
+        "--budget=0.9",
+    ]
+    assert compare(data, tmp_path / "grid", *asked) == 0
+    err = words(capsys)[1]
+    assert len(re.findall(r"^\d/2 chanscale-.*: AUC", err, re.MULTILINE)) == 2
+    assert err.count("warning: --round-to 4 leaves little to select") == 1
 
 
 def test_a_grid_runs_in_processes_two_at_a_time_as_one_at_a_time_and_resumes(

@@ -22,7 +22,7 @@ from chanscale.errors import ConfigError
 from chanscale.wording import percent
 
 if TYPE_CHECKING:
-    from chanscale.comparison.cells import CellSpec
+    from chanscale.comparison.cells import CellSpec, Result
     from chanscale.comparison.grid import GridFolder, Plan
     from chanscale.comparison.processes import CellProcesses
     from chanscale.comparison.ray_cells import RayCells
@@ -163,30 +163,35 @@ def _run(
 ) -> int:
     from chanscale.comparison.processes import run_cells
 
-    failed = 0
+    failed, told = 0, set[str]()
     try:
         lent = folder.lend_channels(specs)
         with closing(run_cells(lent, runner.run, jobs=jobs, stop=runner.stop)) as cells:
             for spec, error in cells:
                 done, failed = done + 1, failed + bool(error)
-                complain(f"{done}/{total} {spec.cell.name}: {_settle(spec, error, folder)}")
+                result, words = _settle(spec, error, folder)
+                complain(f"{done}/{total} {spec.cell.name}: {words}")
+                for warning in result.get("warnings", ()):
+                    if warning not in told:
+                        told.add(warning)
+                        complain(f"warning: {warning}")
     except KeyboardInterrupt:
         complain(f"{done - failed} of {total} cells are there; the same command goes on")
         raise
     return failed
 
 
-def _settle(spec: "CellSpec", error: str | None, folder: "GridFolder") -> str:
-    """Note how a cell ended, and return it in one line."""
+def _settle(spec: "CellSpec", error: str | None, folder: "GridFolder") -> "tuple[Result, str]":
+    """Note how a cell ended; return what came of it, and that in one line."""
     from chanscale.comparison.cells import cell_path, read_cell
 
     result = read_cell(cell_path(folder.cells, spec.cell)) if error is None else None
     if result is None:
         error = error or "it left no file"
-        return f"failed: {error.splitlines()[-1]} ({folder.note_failure(spec.cell, error)})"
+        return {}, f"failed: {error.splitlines()[-1]} ({folder.note_failure(spec.cell, error)})"
     folder.note_success(spec.cell)
     auc = "not defined" if result["auc"] is None else f"{result['auc']:.3f}"
-    return f"AUC {auc}, {percent(result['parameters']['removed'])} removed, {result['seconds']:.0f} s"
+    return result, f"AUC {auc}, {percent(result['parameters']['removed'])} removed, {result['seconds']:.0f} s"
 
 
 def _draw(folder: "GridFolder", failed: int) -> None:

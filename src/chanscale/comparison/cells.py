@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
@@ -140,7 +142,8 @@ class _Trained:
 def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     """Train one method on one training set, judge it on its test images, and return what came of it.
 
-    The method is not given the test images. `lr`: the learning rate it had, if it has one. `seconds`: from files to a
+    The method is not given the test images. `lr`: the learning rate it had, if it has one. `warnings`: what training
+    warned of, if anything. `seconds`: from files to a
     trained classifier; `processor_seconds`: those that the process computed meanwhile, on all its threads together,
     which other work on the machine changes little. Raises ChanscaleError.
     """
@@ -152,7 +155,8 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     config = configure_learning(spec.config)
     began, computed = perf_counter(), process_time()
     train = _train_ours if is_ours(spec.cell.method) else _train_baseline
-    trained = train(spec, learning, config, watcher)
+    with _hearing_warnings() as warnings:
+        trained = train(spec, learning, config, watcher)
     spent = {"seconds": perf_counter() - began, "processor_seconds": process_time() - computed}
     machine = trained.machine
     if spec.ours:
@@ -169,6 +173,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
         **({"channels": trained.channels} if trained.channels else {}),
+        **({"warnings": list(warnings)} if warnings else {}),
         **{name: round(seconds, 2) for name, seconds in spent.items()}, **machine,
     }  # fmt: skip
 
@@ -223,6 +228,20 @@ def read_cell(path: Path) -> Result | None:
 def cell_path(folder: Path, cell: Cell, suffix: str = ".json") -> Path:
     """Return where the file of a cell lies."""
     return folder / f"{cell.name}{suffix}"
+
+
+@contextmanager
+def _hearing_warnings() -> Iterator[dict[str, None]]:
+    """Give a collection, in order, of what the package warns of meanwhile, each once."""
+    heard: dict[str, None] = {}
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: heard.setdefault(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("chanscale")
+    log.addHandler(listener)
+    try:
+        yield heard
+    finally:
+        log.removeHandler(listener)
 
 
 def _learning_rate(spec: CellSpec) -> float | None:
