@@ -185,6 +185,8 @@ def test_help_loads_nothing_heavy():
         (["compare"], "Missing option '--out'"),
         (["compare", "--out", "grid"], "name the images, DATA; or draw the table"),
         (["compare", "--out", "grid", "--table"], "there is no grid at grid"),
+        (["compare", "--out", "grid", "--table", "--against", "head"], "there is no grid at grid"),
+        (["compare", "d", "--out", "grid", "--against", "head"], "--against goes with --table"),
         (["compare", "nowhere", "--out", "grid"], "nowhere does not exist"),
         (["compare", "d", "--out", "grid", "--methods", "best"], "--methods must be among head, "),
         (["compare", "d", "--out", "grid", "--methods", ""], "--methods must be"),
@@ -284,6 +286,8 @@ def check_redrawing(out, capsys):
     assert cli.run(["compare", "--out", str(out), "--table"]) == 0
     assert (out / "table.md").read_text() == before
     words(capsys)
+    assert cli.run(["compare", "--out", str(out), "--table", "--against", "head"]) == 0
+    assert "head less it" in " ".join(words(capsys)[0].split())
 
 
 def test_a_failing_cell_does_not_stop_others(data, tiny, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from chanscale.comparison.cells import FORMAT, Cell, CellSpec, digest_images, read_cell, write_cell
 from chanscale.comparison.differences import Scores, paired_difference
-from chanscale.comparison.drawing import draw_grid
+from chanscale.comparison.drawing import compare_with, draw_grid
 from chanscale.comparison.grid import GridFolder, Plan
 from chanscale.comparison.plots import draw_accuracy_size, draw_small_data
 from chanscale.comparison.processes import run_cells
@@ -517,6 +517,19 @@ def test_a_baseline_at_a_budget_of_its_own_is_compared_with_ours_at_the_same():
     rows, text = compare("chanscale", "random", "random@0.99")
     assert rows["random"] == rows["random@0.99"]
     assert "same budget" not in text
+
+
+def test_any_method_may_stand_where_ours_does_and_nothing_is_written(folder):
+    usual, _ = draw_with(folder, PLAN.cells, {"head": 0.3})
+    before = {path: path.read_bytes() for path in folder.out.rglob("*") if path.is_file()}
+    rows, damaged = compare_with(folder, "head")
+    assert damaged == []
+    assert {row.ours for row in rows} == {"head"}
+    assert [row.difference is None for row in rows] == [row.method == "head" for row in rows]
+    assert rows[1].difference.value == -usual[0].difference.value < 0
+    assert {path: path.read_bytes() for path in folder.out.rglob("*") if path.is_file()} == before
+    with pytest.raises(ConfigError, match="no cell of full; there are cells of head, chanscale"):
+        compare_with(folder, "full")
 
 
 def rows_that_keep(kept):

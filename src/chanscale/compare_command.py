@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from chanscale.comparison.grid import GridFolder, Plan
     from chanscale.comparison.processes import CellProcesses
     from chanscale.comparison.ray_cells import RayCells
+    from chanscale.comparison.table import Row
 
 FAILED_CELLS = 1
 SHOWN = ("method", "images", "cells", "test AUC", "ours less it", "removed", "seconds")
@@ -79,6 +80,13 @@ def compare(
     table: Annotated[
         bool, typer.Option("--table", help="Run nothing; draw the table from the cells that are there.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="With --table: print the AUC of METHOD, less that of each other, instead of ours; write nothing.",
+        ),
+    ] = None,
     config_file: ConfigFileOption = None,
     *,
     given: dict[str, Any],
@@ -91,6 +99,11 @@ def compare(
 
     folder = GridFolder(out_folder)
     failed = 0
+    if against is not None:
+        if not table:
+            raise ConfigError("--against goes with --table")
+        _print_against(folder, against)
+        return
     if not table:
         if data is None:
             raise ConfigError(
@@ -194,9 +207,14 @@ def _settle(spec: "CellSpec", error: str | None, folder: "GridFolder") -> "tuple
     return result, f"AUC {auc}, {percent(result['parameters']['removed'])} removed, {result['seconds']:.0f} s"
 
 
+def _print_against(folder: "GridFolder", method: str) -> None:
+    from chanscale.comparison.drawing import compare_with
+
+    _print(*compare_with(folder, method), reference=method)
+
+
 def _draw(folder: "GridFolder", failed: int) -> None:
     from chanscale.comparison.drawing import draw_grid
-    from chanscale.comparison.table import COLUMNS
     from chanscale.errors import ArtifactError
 
     try:
@@ -206,11 +224,18 @@ def _draw(folder: "GridFolder", failed: int) -> None:
             raise
         complain(f"warning: {error}")  # the exit code is that of the cells
         return
+    _print(rows, damaged)
+    say(f"Table and plots: {folder.out}")
+
+
+def _print(rows: "Sequence[Row]", damaged: Sequence[Path], *, reference: str = "ours") -> None:
+    from chanscale.comparison.table import COLUMNS
+
     for path in damaged:
         complain(f"warning: {path} is damaged and left out; run the grid again to mend it")
     shown = [COLUMNS.index(name) for name in SHOWN]
-    out.print(describe_rows(SHOWN, [[row.to_cells()[place] for place in shown] for row in rows]))
-    say(f"Table and plots: {folder.out}")
+    titles = [name.replace("ours", reference) for name in SHOWN]
+    out.print(describe_rows(titles, [[row.to_cells()[place] for place in shown] for row in rows]))
 
 
 def _read_list(text: str) -> list[str]:

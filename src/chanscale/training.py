@@ -71,13 +71,17 @@ def fit(
     move_state(state, runner.fabric.device)
     for network in state.models:
         lay_out(network, channels_last=channels_last)
+    stage = None
     for moment in plan_epochs(config):
         if moment.epoch < state.epoch:
             continue
         if moment.opens_stage and moment.stage > 0 and not _goes_on(state, penalty, moment):
             break
-        if moment.opens_stage and (hint := find_little_choice(cost, rule, config.budget_of, moment.budget)):
+        if stage != moment.stage and (
+            hint := find_little_choice(cost, rule, config.budget_of, moment.budget)
+        ):
             _log.warning("%s", hint)
+        stage = moment.stage
         runner.run(state, moment)
         if save:
             save(state)

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
+from chanscale import training
 from chanscale.baselines import BASELINES, ON_OUR_CHANNELS, OurChannels
 from chanscale.baselines.fine_tuning import middle
 from chanscale.classifier import Classifier
@@ -143,9 +144,9 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
     """Train one method on one training set, judge it on its test images, and return what came of it.
 
     The method is not given the test images. `lr`: the learning rate it had, if it has one. `warnings`: what training
-    warned of, if anything. `seconds`: from files to a
-    trained classifier; `processor_seconds`: those that the process computed meanwhile, on all its threads together,
-    which other work on the machine changes little. Raises ChanscaleError.
+    warned of, if anything. `seconds`: from files to a trained classifier; `processor_seconds`: those that the process
+    computed meanwhile, on all its threads together, which other work on the machine changes little. Raises
+    ChanscaleError.
     """
     watcher = watcher or Watcher()
     images = open_path(spec.data, spec.config)
@@ -173,7 +174,7 @@ def run_cell(spec: CellSpec, watcher: Watcher | None = None) -> Result:
         "macs": _describe_change(trained.trunk[1], trained.kept[1]),
         "images": {side: len(seen.images.on_side(side) or ()) for side in SIDES[:2]} | {"test": len(unseen)},
         **({"channels": trained.channels} if trained.channels else {}),
-        **({"warnings": list(warnings)} if warnings else {}),
+        **({"warnings": warnings} if warnings else {}),
         **{name: round(seconds, 2) for name, seconds in spent.items()}, **machine,
     }  # fmt: skip
 
@@ -230,16 +231,27 @@ def cell_path(folder: Path, cell: Cell, suffix: str = ".json") -> Path:
     return folder / f"{cell.name}{suffix}"
 
 
+class _Listener(logging.StreamHandler[TextIO]):
+    """Notes what is warned of, each thing once, and passes it on to stderr, which tells of a cell that fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if (text := record.getMessage()) not in self.heard:
+            self.heard.append(text)
+
+
 @contextmanager
-def _hearing_warnings() -> Iterator[dict[str, None]]:
-    """Give a collection, in order, of what the package warns of meanwhile, each once."""
-    heard: dict[str, None] = {}
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: heard.setdefault(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("chanscale")
+def _hearing_warnings() -> Iterator[list[str]]:
+    """Give the list of what training warns of meanwhile. What depends on the images is the same for every method."""
+    listener, log = _Listener(), logging.getLogger(training.__name__)
     log.addHandler(listener)
     try:
-        yield heard
+        yield listener.heard
     finally:
         log.removeHandler(listener)
 

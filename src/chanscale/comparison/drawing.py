@@ -19,14 +19,29 @@ def draw_grid(folder: GridFolder) -> tuple[list[Row], list[Path]]:
     there is no cell.
     """
     noted = folder.read()
-    results, damaged = folder.results()
-    if not results:
-        raise ArtifactError(f"no cell of {folder.out} has been run to its end: there is nothing to draw")
+    results, damaged = _read_results(folder)
     rows = make_rows(results, noted["methods"])
     there = {path.stem for path in folder.cells.glob("*.json")} - {path.stem for path in damaged}
     missing = len(set(noted["cells"]) - there)
     _write(folder.out, rows, results, missing)
     return rows, damaged
+
+
+def compare_with(folder: GridFolder, method: str) -> tuple[list[Row], list[Path]]:
+    """Return the rows with differences from `method` instead of ours, and damaged cells; write nothing.
+
+    Raises ArtifactError when there is no cell, ConfigError when there is none of `method`.
+    """
+    noted = folder.read()
+    results, damaged = _read_results(folder)
+    return make_rows(results, noted["methods"], against=method), damaged
+
+
+def _read_results(folder: GridFolder) -> tuple[list[Result], list[Path]]:
+    results, damaged = folder.results()
+    if not results:
+        raise ArtifactError(f"no cell of {folder.out} has been run to its end: there is nothing to draw")
+    return results, damaged
 
 
 def _write(out: Path, rows: Sequence[Row], results: Sequence[Result], missing: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from chanscale.comparison.differences import Scores, mean_interval, paired_difference
 from chanscale.comparison.methods import find_reference, is_ours, ours_like
-from chanscale.errors import ArtifactError
+from chanscale.errors import ArtifactError, ConfigError
 from chanscale.metrics import Estimate
 from chanscale.wording import percent, shorten
 
@@ -72,21 +72,24 @@ def choose(tries: Iterable[Result]) -> Result:
     return min(tries, key=_rank)
 
 
-def make_rows(results: Iterable[Result], methods: Sequence[str]) -> list[Row]:
+def make_rows(results: Iterable[Result], methods: Sequence[str], *, against: str | None = None) -> list[Row]:
     """Return a row for each method, in the order of `methods`, on each size; a difference counts common cells.
 
-    Of the cells that differ in their learning rate alone, the one to `choose` counts.
+    Of the cells that differ in their learning rate alone, the one to `choose` counts. `against`: the method that all
+    others are compared with, instead of ours. Raises ConfigError when there is no cell of it.
     """
     found: dict[tuple[int | None, str], dict[tuple[int, int], list[Result]]] = {}
     for (method, size, fold, seed), tries in _gather(results).items():
         found.setdefault((size, method), {})[fold, seed] = tries
     present = {method for _, method in found}
     order = [method for method in dict.fromkeys([*methods, *sorted(present)]) if method in present]
-    reference = find_reference(order)
+    if against not in {None, *present}:
+        raise ConfigError(f"there is no cell of {against}; there are cells of {', '.join(order)}")
+    reference = against or find_reference(order)
 
     def ours_for(method: str, size: int | None) -> str | None:
         twin = ours_like(method)
-        return twin if not is_ours(method) and (size, twin) in found else reference
+        return twin if not (against or is_ours(method)) and (size, twin) in found else reference
 
     return [
         _make_row(method, size, found, ours_for(method, size))

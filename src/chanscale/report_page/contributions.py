@@ -57,8 +57,8 @@ def find_channels(material: Material) -> list[Channel]:
         return []
     chosen = spread(test, MOST_IMAGES)
     with torch.no_grad():
-        each = [model.head.contributions(maps).cpu() for maps in material.feature_maps(model, chosen)]
-    parts = torch.cat(each)  # (N, outputs, channels)
+        batches = [model.head.contributions(maps).cpu() for maps in material.feature_maps(model, chosen)]
+    parts = torch.cat(batches)  # (N, outputs, channels)
     labels = torch.from_numpy(material.images.images.labels[np.asarray(chosen)])
     sizes = parts.abs().mean((0, 1))
     order = sizes.argsort(descending=True, stable=True)[:MOST].tolist()
