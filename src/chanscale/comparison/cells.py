@@ -232,7 +232,7 @@ def cell_path(folder: Path, cell: Cell, suffix: str = ".json") -> Path:
 
 
 class _Listener(logging.StreamHandler[TextIO]):
-    """Notes what is warned of, each thing once, and passes it on to stderr, which tells of a cell that fails."""
+    """Notes what is warned of, and passes it on to stderr, which tells of a cell that fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,13 +241,12 @@ class _Listener(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
-        if (text := record.getMessage()) not in self.heard:
-            self.heard.append(text)
+        self.heard.append(record.getMessage())
 
 
 @contextmanager
 def _hearing_warnings() -> Iterator[list[str]]:
-    """Give the list of what training warns of meanwhile. What depends on the images is the same for every method."""
+    """Give the list of what training warns of meanwhile; what the images alone are warned of is no cell's."""
     listener, log = _Listener(), logging.getLogger(training.__name__)
     log.addHandler(listener)
     try:
