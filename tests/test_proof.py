@@ -1,6 +1,7 @@
 """Groups of any network: what is not protected can be removed without a trace, and the rest says why."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -94,6 +95,17 @@ def test_in_front_of_a_frozen_norm_a_zero_is_not_enough():
     [group] = [group for group in channel_groups(model, example) if group.name == "stem"]
     assert {slot.layer for slot in group.sites} == {"norm1", "norm2", "norm3"}
     assert {"stem", "first", "second"} <= set(group.layers)
+
+
+def test_the_maps_of_the_trace_are_let_go():
+    """Torch-Pruning's graph refers to itself; it held them, and the weights, until Python happened to collect it."""
+    maps = []
+    model, example = build("concatenate")
+    for layer in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+        layer.register_forward_hook(lambda *call: maps.append(weakref.ref(call[-1])))
+    assert couple_channels(model, example)
+    assert maps
+    assert not any(held() is not None for held in maps)
 
 
 def test_channels_of_a_concatenation_lie_where_they_were_put():

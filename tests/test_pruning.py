@@ -6,7 +6,7 @@ from torch import nn
 
 from chanscale.config import FitConfig
 from chanscale.errors import EmptySelectionError, InexactRemovalError, ModelError
-from chanscale.pruning import check_removal, mask_channels, output_change, prune_channels
+from chanscale.pruning import check_removal, mask_channels, output_change, prune_channels, run_in_double
 from chanscale.removal import remove_channels
 from chanscale.selection import ChannelSelection
 from chanscale.slicing import keep_inputs, keep_outputs
@@ -123,6 +123,16 @@ class Borrowing(nn.Module):
 def test_a_change_is_measured_where_a_module_borrows_a_weight():
     model, x = Borrowing().eval(), images()
     assert output_change(model, copy.deepcopy(model), x) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(3, 3, 9, 9), (1, 3, 9, 9), (3, 9, 9)], ids=["batch", "one", "not a batch"])
+def test_in_double_a_network_says_what_it_would_as_a_whole(shape):
+    model, x = plain_trunk().train(), torch.randn(shape)
+    wanted = copy.deepcopy(model).double().eval()(x.double())
+    assert torch.allclose(run_in_double(model, x), wanted, rtol=1e-12, atol=0)
+    assert model.training
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
 def test_a_network_that_no_longer_runs_is_an_inexact_removal():

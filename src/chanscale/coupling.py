@@ -7,6 +7,7 @@ scale must sit for that, and `proof.py` tries it.
 """
 
 import copy
+import gc
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping
@@ -44,16 +45,22 @@ def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ..
     `example`: (N, C, *), of a size that the model takes. The model is not changed, and may be frozen or in
     training. Raises UnsupportedTopologyError when it cannot be traced, or has no convolution.
     """
-    trace = _trace(model, example)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
-    groups = sorted((_describe(group, trace) for group in found), key=lambda group: order[group.name])
+    groups = sorted(_find_groups(model, example), key=lambda group: order[group.name])
+    # The graph refers to itself, and holds the maps of the pass and the weights of the model until it is collected.
+    gc.collect()
     if not groups:
         raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
     coarse = sorted(coarsen(groups, _grouped(model)), key=lambda group: order[group.name])
     return tuple(_protect_overlaps(coarse))
+
+
+def _find_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
+    trace = _trace(model, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
+    return [_describe(group, trace) for group in found]
 
 
 def _grouped(model: nn.Module) -> dict[str, _ConvNd]:

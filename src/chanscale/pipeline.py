@@ -162,7 +162,8 @@ def _run(
             "speed": speed.to_dict(),
             "original": _identify(original),
         }
-    earlier = notes["seconds"]
+    earlier, widest, full = notes["seconds"], widths(whole), original.full_parameters
+    del whole, original  # what lies behind the depth is not needed any more
 
     def save(state: TrainingState) -> None:
         if folder:
@@ -186,11 +187,11 @@ def _run(
         **describe_test(judged, images, splits),
         **rules.judge(judged),
         "before": notes["before"],
-        **measure(classifier, best, images, full=original.full_parameters),
+        **measure(classifier, best, images, full=full),
         "depth": depth.to_dict(),
         **describe_training(best, state, images, splits),
         "leaks": leaks,
-        "widths": widths(whole),
+        "widths": widest,
         "seconds": round(earlier + perf_counter() - began, 1),
         "precision": speed.chosen.precision,
         "speed": speed.to_dict(),
@@ -199,9 +200,7 @@ def _run(
     if folder:
         with alone():  # the others have nothing left to compute
             info = folder.finish(
-                Material(
-                    best.model, info, metrics, state.history, config, widths(whole), images, splits, judged
-                ),
+                Material(best.model, info, metrics, state.history, config, widest, images, splits, judged),
                 progress=partial(watcher.on_step, "learning which images are usual"),
             )
         info = agree(info)

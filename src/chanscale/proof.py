@@ -5,9 +5,9 @@ a hard-coded width breaks. So half of the channels of each group are set to 0 wh
 removed; a group whose pruned network does not say what the masked one says is protected, with the reason.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,14 @@ from chanscale.channels import ChannelGroup, Kept, carried_groups
 from chanscale.coupling import couple_channels
 from chanscale.errors import ModelError, UnsupportedTopologyError, one_line
 from chanscale.heads import PooledHead
-from chanscale.pruning import ROUNDING, relative_change, remove_positions, share, silence_positions
+from chanscale.pruning import (
+    ROUNDING,
+    relative_change,
+    remove_positions,
+    run_in_double,
+    share,
+    silence_positions,
+)
 from chanscale.scaling import ChannelScale
 
 
@@ -36,25 +43,22 @@ def channel_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...
             "the network has scales, which hide its channels; pass it through merge_scales first"
         )
     groups = couple_channels(model, example)
-    reference, inputs = _make_reference(model, example)
+    reference = _make_reference(model, example)
     open_groups = [group for group in groups if group.protected is None and group.width > 1]
-    reasons = _find_inexact(reference, open_groups, inputs)
+    reasons = _find_inexact(reference, open_groups, example)
     reasons |= {group.name: "it has one channel" for group in groups if group.width == 1}
     proven = tuple(group.protect(reasons[group.name]) if group.name in reasons else group for group in groups)
-    return proven if _takes_over_rightly(reference, proven, inputs) else _without_relus(proven)
+    return proven if _takes_over_rightly(reference, proven, example) else _without_relus(proven)
 
 
-def _make_reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """Return a copy of `model` that hides nothing, and the example for it.
+def _make_reference(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return a twin of `model` that hides nothing.
 
     Raises UnsupportedTopologyError when nothing can be proven on it.
     """
-    # In fp64, so that rounding cannot be taken for a difference, nor a small one for rounding.
-    reference = stir(copy.deepcopy(model).cpu().double().eval())
-    inputs, name = example.detach().cpu().double(), type(model).__name__
+    reference, name = stir(share(model)), type(model).__name__
     try:
-        with torch.no_grad():
-            first, second = reference(inputs), reference(inputs)
+        first, second = (run_in_double(reference, example) for _ in range(2))
     except Exception as error:  # whatever the user's forward raises
         reason = one_line(error)[:150]
         raise UnsupportedTopologyError(
@@ -69,15 +73,15 @@ def _make_reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tenso
         raise UnsupportedTopologyError(
             f"{name} says something else each time, in eval too: nothing can be proven"
         )
-    return reference, inputs
+    return reference
 
 
-@torch.no_grad()
 def _takes_over_rightly(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
     """Whether scales that apply the ReLU behind them leave the output as it is: its input may be used elsewhere."""
     if not any(site.relu for group in groups if group.protected is None for site in group.sites):
         return True
-    return torch.equal(attach_scales(model, groups)(example), model(example))
+    scaled, plain = (run_in_double(net, example) for net in (attach_scales(model, groups), model))
+    return torch.equal(scaled, plain)
 
 
 def _without_relus(groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
@@ -86,22 +90,35 @@ def _without_relus(groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     )
 
 
-@torch.no_grad()
 def stir(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Make all that is constant in `model` vary from channel to channel, in place; return it.
+    """Make all that is constant in `model` vary from channel to channel, in tensors of its own; return it.
 
-    A head of zeros, or a norm that has seen nothing, hides what a removal does.
+    A head of zeros, or a norm that has seen nothing, hides what a removal does. No tensor is written to.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors: list[Tensor] = list(model.parameters())
+    # By tensor: one that several modules hold stays one.
+    varied: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, (_NormBase, PooledHead)):
-            tensors += [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
-    for tensor in tensors:
-        if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
-            # Added, and positive: a variance stays one.
-            tensor.add_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
+        stirred = isinstance(module, (_NormBase, PooledHead))
+        own: tuple[dict[str, Any], ...] = (module._parameters, *([module._buffers] if stirred else []))
+        for tensors in own:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and _is_constant(tensor):
+                    if tensor not in varied:
+                        varied[tensor] = _vary(tensor, generator)
+                    tensors[name] = varied[tensor]
     return model
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
+
+
+def _vary(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    # Added, and positive: a variance stays one.
+    added = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+    varied = tensor.detach() + added.to(tensor.device)
+    return nn.Parameter(varied, requires_grad=False) if isinstance(tensor, nn.Parameter) else varied
 
 
 def _find_inexact(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> dict[str, str]:
@@ -143,11 +160,10 @@ def halve(groups: Iterable[ChannelGroup], *, seed: int = 0) -> dict[str, Tensor]
     }
 
 
-@torch.no_grad()
 def compare(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, example: Tensor) -> str | None:
     """Return how the network of the `kept` channels differs from the one whose others are 0, or None."""
     try:
-        pruned = remove_coupled(model, groups, kept)(example)
+        pruned = run_in_double(remove_coupled(model, groups, kept), example)
     except Exception as error:  # whatever a forward that counts on the old widths raises
         return f"the network does not run without them ({one_line(error)[:120]})"
     difference = relative_change(run_masked(model, groups, kept, example), pruned)
@@ -155,11 +171,13 @@ def compare(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, exampl
 
 
 def run_masked(model: nn.Module, groups: Sequence[ChannelGroup], kept: Kept, example: Tensor) -> Tensor:
-    """Return the output for `example` of `model` with all but the `kept` channels at 0 where their scales would sit."""
+    """Return the output for `example` of `model` with all but the `kept` channels at 0 where their scales would sit.
+
+    In fp64, so that rounding cannot be taken for a difference, nor a small one for rounding.
+    """
     masked = share(model)
     silence_positions(masked, groups, kept)
-    output: Tensor = masked(example)
-    return output
+    return run_in_double(masked, example)
 
 
 def remove_coupled(model: nn.Module, groups: Iterable[ChannelGroup], kept: Kept) -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from chanscale.channels import (
     ChannelGroup,
@@ -132,9 +133,11 @@ def check_removal(pruned: nn.Module, masked: nn.Module, example: Tensor) -> floa
 @torch.no_grad()
 def output_change(before: nn.Module, after: nn.Module, example: Tensor) -> float:
     """Return the largest change of an output on `example`, relative to the largest output before; in fp64."""
-    # In fp32, the head's division by small deviations would make rounding look like a change. On the CPU,
-    # since not every device has fp64.
-    old, new = (_run_in_double(net, example.cpu().double()) for net in (before, after))
+    # In fp32, the head's division by small deviations would make rounding look like a change.
+    try:
+        old, new = (run_in_double(net, example) for net in (before, after))
+    except Exception as error:  # whatever a forward raises
+        raise InexactRemovalError(f"the network does not run any more: {one_line(error)[:200]}") from error
     return relative_change(old, new)
 
 
@@ -145,16 +148,17 @@ def relative_change(wanted: Tensor, got: Tensor) -> float:
     return float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
-def _run_in_double(net: nn.Module, example: Tensor) -> Tensor:
+@torch.no_grad()
+def run_in_double(net: nn.Module, example: Tensor) -> Tensor:
+    """Return the output of `net`, in eval, for `example` (N, C, *), computed in fp64; raises what its forward raises.
+
+    On the CPU, since not every device has fp64. `net` is not changed.
+    """
+    inputs = example.detach().cpu().double()
     try:
-        output: Tensor = _in_double(net).eval()(example)
+        output: Tensor = _in_double(net).eval()(inputs)
     except Exception:  # a tensor is used by another module than its own, or the network does not run at all
-        try:
-            output = copy.deepcopy(net).cpu().double().eval()(example)
-        except Exception as error:
-            raise InexactRemovalError(
-                f"the network does not run any more: {one_line(error)[:200]}"
-            ) from error
+        output = copy.deepcopy(net).cpu().double().eval()(inputs)
     return output
 
 
@@ -176,6 +180,8 @@ def _in_double(net: Model) -> Model:
                     tensors[name] = nn.Parameter(doubled, requires_grad=False) if trained else doubled
 
     for module in twin.modules():
+        if isinstance(module, _ConvNd) and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            _take_images_apart(module)
         whole = dict(module._parameters), dict(module._buffers)
 
         def drop(module: nn.Module, *_: Any, whole: tuple[dict[str, Any], dict[str, Any]] = whole) -> None:
@@ -185,6 +191,20 @@ def _in_double(net: Model) -> Model:
         module.register_forward_pre_hook(cast)
         module.register_forward_hook(drop)
     return twin
+
+
+def _take_images_apart(convolution: _ConvNd) -> None:
+    """Let `convolution` compute one image of a batch after the other, in place.
+
+    In fp64 PyTorch unfolds all that it is given, which for 3 x 3 filters takes nine times the memory of the images.
+    """
+    whole = convolution.forward
+
+    def forward(images: Tensor) -> Tensor:
+        batched = images.dim() == convolution.weight.dim()
+        return torch.cat([whole(image) for image in torch.split(images, 1)]) if batched else whole(images)
+
+    convolution.forward = forward
 
 
 def _own(model: nn.Module, shared: Mapping[int, Tensor]) -> None:
