@@ -232,6 +232,23 @@ class Says(nn.Module):
         return self.rule(self.conv(x))
 
 
+class Counting(nn.Module):
+    """Says more at each call, which a copy of it would not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 4, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.conv(x) * self.calls
+
+
+def test_a_network_that_counts_its_calls_cannot_be_proven():
+    with pytest.raises(UnsupportedTopologyError, match="something else each time"):
+        channel_groups(Counting(), torch.randn(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [

@@ -126,7 +126,9 @@ def test_a_change_is_measured_where_a_module_borrows_a_weight():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(3, 3, 9, 9), (1, 3, 9, 9), (3, 9, 9)], ids=["batch", "one", "not a batch"])
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 9, 9), (1, 3, 9, 9), (3, 9, 9)], ids=["batch", "one", "not a batch"]
+)
 def test_in_double_a_network_says_what_it_would_as_a_whole(shape):
     model, x = plain_trunk().train(), torch.randn(shape)
     wanted = copy.deepcopy(model).double().eval()(x.double())
