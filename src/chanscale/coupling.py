@@ -56,6 +56,7 @@ def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ..
 
 
 def _find_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
+    """Return the groups as Torch-Pruning finds them; behind this, nothing refers to its graph but the graph itself."""
     trace = _trace(model, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -58,12 +58,13 @@ def _make_reference(model: nn.Module, example: Tensor) -> nn.Module:
     """
     reference, name = stir(share(model)), type(model).__name__
     try:
-        first, second = run_in_double(reference, example), run_in_double(_Again(reference), example)
+        said: Any = run_in_double(_Twice(reference), example)
     except Exception as error:  # whatever the user's forward raises
         reason = one_line(error)[:150]
         raise UnsupportedTopologyError(
             f"{name} does not run in fp64, where it is to be tried: {reason}"
         ) from error
+    first, second = said
     if not isinstance(first, Tensor):
         kind = type(first).__name__
         raise UnsupportedTopologyError(
@@ -76,16 +77,15 @@ def _make_reference(model: nn.Module, example: Tensor) -> nn.Module:
     return reference
 
 
-class _Again(nn.Module):
-    """Says what a network says when it is called a second time."""
+class _Twice(nn.Module):
+    """Returns what a network says, and what it says when it is called once more."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor) -> Any:
-        self.net(x)
-        return self.net(x)
+    def forward(self, x: Tensor) -> tuple[Any, Any]:
+        return self.net(x), self.net(x)
 
 
 def _takes_over_rightly(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
