@@ -7,7 +7,6 @@ scale must sit for that, and `proof.py` tries it.
 """
 
 import copy
-import gc
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping
@@ -47,8 +46,6 @@ def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ..
     """
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     groups = sorted(_find_groups(model, example), key=lambda group: order[group.name])
-    # The graph refers to itself, and holds the maps of the pass and the weights of the model until it is collected.
-    gc.collect()
     if not groups:
         raise UnsupportedTopologyError("the network has no convolution whose channels could be removed")
     coarse = sorted(coarsen(groups, _grouped(model)), key=lambda group: order[group.name])
@@ -56,12 +53,25 @@ def couple_channels(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ..
 
 
 def _find_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
-    """Return the groups as Torch-Pruning finds them; behind this, nothing refers to its graph but the graph itself."""
+    """Return the groups as Torch-Pruning finds them, and leave nothing of its graph in memory."""
     trace = _trace(model, example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
-    return [_describe(group, trace) for group in found]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
+        return [_describe(group, trace) for group in found]
+    finally:
+        _take_apart(trace.graph)
+
+
+def _take_apart(graph: Any) -> None:
+    """Cut what lets the nodes of `graph` refer to each other.
+
+    They hold the maps of the pass and the weights of the model, and would until Python's collector comes by.
+    """
+    for node in graph.module2node.values():
+        for others in (node.inputs, node.outputs, node.dependencies):
+            others.clear()
 
 
 def _grouped(model: nn.Module) -> dict[str, _ConvNd]:
