@@ -407,6 +407,24 @@ def test_a_longer_search_draws_what_is_better_and_stops_what_is_worse(
     assert max(removed[20:]) > 0.97
 
 
+def test_a_trial_that_led_to_no_network_is_counted_and_not_drawn(data, here, tmp_path, monkeypatch):
+    def fail_once(spec):
+        result = pretend(spec)
+        if spec.number == 1:
+            told = ("format", "number", "options", "aucs", "epochs", "seconds")
+            return {name: result[name] for name in told} | {
+                "state": "failed",
+                "reason": "the loss became nan",
+            }
+        return result
+
+    monkeypatch.setattr(trials, "run_trial", fail_once)
+    config = merge_config(FREE, None)
+    found = chanscale.tune("tiny", data, out=tmp_path / "t", trials=4, search=["budget"], config=config)
+    assert found.figures["count"] == {"complete": 3, "stopped": 0, "failed": 1}
+    assert (tmp_path / "t/pareto.png").exists()
+
+
 # --- stopped, and gone on with
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from chanscale.plotting import add_log_axes
-from chanscale.tuning.trials import COMPLETE, STOPPED, Result
+from chanscale.tuning.trials import COMPLETE, FAILED, STOPPED, Result
 
 AXES = {"parameters": "parameters kept in the trunk", "macs": "MACs for an image"}
 
@@ -15,12 +15,12 @@ AXES = {"parameters": "parameters kept in the trunk", "macs": "MACs for an image
 def draw_pareto(
     results: Sequence[Result], front: Sequence[Result], *, best: Result, of: str, images: int
 ) -> Figure:
-    """Draw all trials, and the `front` with the number of each trial; `best` is filled.
+    """Draw all trials that left a network, and the `front` with the number of each trial; `best` is filled.
 
     `images`: how many the AUC is of.
     """
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    costs = [result[of]["kept"] for result in results]
+    costs = [result[of]["kept"] for result in results if result["state"] != FAILED]
     axes = add_log_axes(figure, costs, xlabel=AXES[of], ylabel="validation AUC")
     for state, marker, colour in ((COMPLETE, "o", "#7f7f7f"), (STOPPED, "x", "#c44e52")):
         label = "ended" if state == COMPLETE else "stopped early"
