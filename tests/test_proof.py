@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -241,20 +242,59 @@ class Says(nn.Module):
 
 
 class Counting(nn.Module):
-    """Says more at each call, which a copy of it would not tell."""
+    """Says more at each call, which a copy of it would not tell: `calls` is a number or a buffer."""
 
-    def __init__(self):
+    def __init__(self, calls, count):
         super().__init__()
-        self.conv, self.calls = nn.Conv2d(3, 4, 3), 0
+        self.conv, self.count = nn.Conv2d(3, 4, 3), count
+        if isinstance(calls, torch.Tensor):
+            self.register_buffer("calls", calls)
+        else:
+            self.calls = calls
 
     def forward(self, x):
-        self.calls += 1
+        self.count(self)
         return self.conv(x) * self.calls
 
 
-def test_a_network_that_counts_its_calls_cannot_be_proven():
+def add(net):
+    net.calls += 1
+
+
+def replace_by_more(net):
+    net.calls = net.calls + 1
+
+
+@pytest.mark.parametrize("count", [add, replace_by_more])
+@pytest.mark.parametrize("calls", [1, torch.tensor(1), torch.tensor(1.0)], ids=["number", "long", "float"])
+def test_a_network_that_counts_its_calls_cannot_be_proven_and_is_not_made_to_count(calls, count):
+    model = Counting(copy.copy(calls), count)
     with pytest.raises(UnsupportedTopologyError, match="something else each time"):
-        channel_groups(Counting(), torch.randn(2, 3, 8, 8))
+        channel_groups(model, torch.randn(2, 3, 8, 8))
+    assert model.calls == 1
+
+
+def test_a_network_may_work_in_place_on_what_it_is_given():
+    class InPlace(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2).sub_(1))
+
+    example = torch.rand(2, 3, 9, 9)
+    seen = example.clone()
+    [first] = channel_groups(InPlace(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), example)[:1]
+    assert first.protected is None
+    assert torch.equal(example, seen)
+
+
+@pytest.mark.parametrize("size", [8, 15], ids=["even", "odd"])
+def test_scales_take_over_their_relus_at_any_size_of_image(size):
+    """That they may is seen by comparing bits, and sums over a batch may differ in the last one."""
+    torch.manual_seed(0)
+    widths = [3, 10, 12, 13]
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(13, 2))
+    groups = channel_groups(model.to(memory_format=torch.channels_last), torch.randn(2, 3, size, size))
+    assert [site.relu for group in groups for site in group.sites] == ["1", "3", "5"]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +304,7 @@ def test_a_network_that_counts_its_calls_cannot_be_proven():
         (lambda x: nn.functional.dropout(x, 0.5, training=True), "something else each time"),
         (lambda x: nn.functional.conv2d(x, torch.ones(2, 4, 1, 1)), "does not run in fp64"),
         (lambda x: x.view(-1, 7, 1234), "cannot be traced: shape"),
+        (lambda x: x * float("nan"), "returns nan"),
     ],
 )
 def test_what_cannot_be_proven_says_why(rule, words):

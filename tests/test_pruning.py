@@ -137,6 +137,46 @@ def test_in_double_a_network_says_what_it_would_as_a_whole(shape):
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
+class ByName(nn.Module):
+    """Counts how often any copy of it runs."""
+
+    runs = 0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        ByName.runs += 1
+        return self.conv(input=x)
+
+
+def test_in_double_a_convolution_may_be_called_by_name():
+    ByName.runs = 0
+    assert run_in_double(ByName(), images()).dtype == torch.float64
+    assert ByName.runs == 1  # it would be run again as a whole copy
+
+
+@torch.no_grad()
+def test_where_a_network_has_to_be_copied_it_is_given_what_it_was_given_first():
+    class InPlace(Borrowing):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model, x = InPlace(), images().double()
+    wanted = copy.deepcopy(model).double()(x.clone())
+    assert torch.allclose(run_in_double(model, x), wanted, rtol=1e-12, atol=0)
+
+
+def test_a_weight_that_two_layers_hold_stays_one():
+    model = know_groups(plain_trunk())
+    model.one, model.other = nn.Linear(3, 2), nn.Linear(3, 2)
+    model.other.weight = model.one.weight
+    pruned = prune_channels(model, ChannelSelection({next(iter(widths_of(model))): torch.arange(2)}))
+    assert pruned.other.weight is pruned.one.weight
+    assert pruned.other.weight is not model.other.weight
+
+
 def test_a_network_that_no_longer_runs_is_an_inexact_removal():
     model = plain_trunk()
     broken = copy.deepcopy(model)

@@ -98,7 +98,6 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
 
     # Autograd records what requires a gradient: the twin's parameters do, on the memory of the model's.
     memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters()}
-    memory |= {id(buffer): buffer for buffer in model.buffers()}
     try:
         twin = _ease_tracing(copy.deepcopy(model, memory).eval())
         calls = _watch_relus(twin)
@@ -106,7 +105,7 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
             warnings.simplefilter("ignore")
             graph = tp.DependencyGraph().build_dependency(
                 # Called by us: Torch-Pruning would try a bare tensor as a list of arguments first.
-                twin, example.to(device_of(model)), forward_fn=lambda net, x: net(x), verbose=False,
+                twin, example.clone().to(device_of(model)), forward_fn=lambda net, x: net(x), verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever the model's forward raises, or what Torch-Pruning makes of it
         reason = one_line(error)[:200]

@@ -70,6 +70,8 @@ def _make_reference(model: nn.Module, example: Tensor) -> nn.Module:
         raise UnsupportedTopologyError(
             f"{name} returns a {kind}; wrap it in a module that returns one tensor"
         )
+    if first.isnan().any():
+        raise UnsupportedTopologyError(f"{name} returns nan: nothing can be proven")
     if not torch.equal(first, second):
         raise UnsupportedTopologyError(
             f"{name} says something else each time, in eval too: nothing can be proven"
@@ -85,7 +87,7 @@ class _Twice(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> tuple[Any, Any]:
-        return self.net(x), self.net(x)
+        return self.net(x.clone()), self.net(x)  # it may work in place
 
 
 def _takes_over_rightly(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:

@@ -22,7 +22,7 @@ from chanscale.channels import (
 from chanscale.errors import InexactRemovalError, one_line
 from chanscale.heads import PooledHead
 from chanscale.modes import device_of
-from chanscale.scaling import add_scale, scale_of
+from chanscale.scaling import add_scale, scale_of, thawed_class
 from chanscale.selection import ChannelSelection
 from chanscale.slicing import input_width, keep_inputs, keep_outputs, output_width
 
@@ -152,45 +152,47 @@ def relative_change(wanted: Tensor, got: Tensor) -> float:
 def run_in_double(net: nn.Module, example: Tensor) -> Tensor:
     """Return the output of `net`, in eval, for `example` (N, C, *), computed in fp64; raises what its forward raises.
 
-    On the CPU, since not every device has fp64. `net` is not changed.
+    On the CPU, since not every device has fp64. `net` is not changed, nor is `example`.
     """
     inputs = example.detach().cpu().double()
     try:
-        output: Tensor = _in_double(net).eval()(inputs)
+        output: Tensor = _in_double(net).eval()(inputs.clone())
     except Exception:  # a tensor is used by another module than its own, or the network does not run at all
-        output = copy.deepcopy(net).cpu().double().eval()(inputs)
+        output = copy.deepcopy(net).cpu().double().eval()(inputs.clone())
     return output
 
 
 def _in_double(net: Model) -> Model:
     """Return a twin of `net` that computes in fp64 on the CPU.
 
-    Each module casts its tensors when it is called, and drops them again: a whole copy would double the memory
-    of a training run.
+    Each module casts its parameters when it is called, and drops them again: a whole copy would double the memory
+    of a training run. Buffers, which are small, are the twin's own: a network may remember something in them.
     """
-    twin = share(net)
+    twin = _copy(net, {id(parameter): parameter for parameter in net.parameters()})
+    # By tensor: one that several modules hold stays one.
+    doubled = {buffer: _double(buffer) for buffer in twin.buffers()}
 
     def cast(module: nn.Module, _: Any) -> None:
-        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in own:
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point():
-                    doubled = tensor.detach().cpu().double()
-                    trained = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(doubled, requires_grad=False) if trained else doubled
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(_double(parameter.detach()), requires_grad=False)
 
     for module in twin.modules():
-        if isinstance(module, _ConvNd) and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, _ConvNd) and thawed_class(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             _take_images_apart(module)
-        whole = dict(module._parameters), dict(module._buffers)
+        module._buffers.update({name: doubled[it] for name, it in module._buffers.items() if it is not None})
+        whole = dict(module._parameters)
 
-        def drop(module: nn.Module, *_: Any, whole: tuple[dict[str, Any], dict[str, Any]] = whole) -> None:
-            module._parameters.update(whole[0])
-            module._buffers.update(whole[1])
+        def drop(module: nn.Module, *_: Any, whole: dict[str, Any] = whole) -> None:
+            module._parameters.update(whole)
 
         module.register_forward_pre_hook(cast)
         module.register_forward_hook(drop)
     return twin
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
 
 
 def _take_images_apart(convolution: _ConvNd) -> None:
@@ -200,19 +202,19 @@ def _take_images_apart(convolution: _ConvNd) -> None:
     """
     whole = convolution.forward
 
-    def forward(images: Tensor) -> Tensor:
-        batched = images.dim() == convolution.weight.dim()
-        return torch.cat([whole(image) for image in torch.split(images, 1)]) if batched else whole(images)
+    def forward(input: Tensor) -> Tensor:
+        batched = input.dim() == convolution.weight.dim()
+        return torch.cat([whole(image) for image in torch.split(input, 1)]) if batched else whole(input)
 
     convolution.forward = forward
 
 
 def _own(model: nn.Module, shared: Mapping[int, Tensor]) -> None:
     """Give `model`, in place, copies of those `shared` tensors that it still holds."""
+    memo: dict[int, Any] = {}  # one that several modules hold stays one
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in shared:
-                module._parameters[name] = copy.deepcopy(parameter)
-        for name, buffer in module._buffers.items():
-            if id(buffer) in shared:
-                module._buffers[name] = copy.deepcopy(buffer)
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in own:
+            for name, tensor in tensors.items():
+                if id(tensor) in shared:
+                    tensors[name] = copy.deepcopy(tensor, memo)

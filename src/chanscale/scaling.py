@@ -135,10 +135,13 @@ def freeze(module: nn.Module) -> None:
 
 def thaw(module: nn.Module) -> None:
     """Undo `freeze`, in place; a ReLU that was absorbed acts again."""
-    if isinstance(module, AbsorbedReLU):
-        module.__class__ = nn.ReLU  # type: ignore[assignment]
-    else:
-        module.__class__ = getattr(type(module), "_thawed", type(module))
+    module.__class__ = nn.ReLU if isinstance(module, AbsorbedReLU) else thawed_class(module)
+
+
+def thawed_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that `module` had before `freeze`."""
+    kind: type[nn.Module] = getattr(type(module), "_thawed", type(module))
+    return kind
 
 
 @cache
