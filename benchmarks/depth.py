@@ -14,6 +14,7 @@ import numpy as np
 
 from chanscale.comparison.folds import order_images
 from chanscale.config import FitConfig
+from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.depth import END, FOLDS, draw_folds, features_behind, find_allowed, judge_probe
@@ -34,7 +35,8 @@ def main() -> None:
     images = load_images(options.data, config, Watcher())
     everything = Splits(tuple(range(len(images))), (), ())
     _, model = open_classifier(config.backbone, images, everything, config, Watcher())
-    cuts = find_allowed(model, images.batch([0, 1])[0], config)
+    example = images.batch([0, 1])[0]
+    cuts = find_allowed(model, example, config, cost=trunk_cost(model, (), example))
     features, labels = features_behind(model, cuts, images, everything.train, Watcher(), batch_size=5)
     print("| behind | channels |", " | ".join(f"{n or 'all'} images" for n in options.sizes), "|")
     print("|---" * (2 + len(options.sizes)) + "|")

@@ -14,7 +14,17 @@ from chanscale.config import FitConfig
 from chanscale.costs import trunk_cost
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.splits import Splits
-from chanscale.depth import END, WHOLE, Depth, choose_depth, cross_validate, end_trunk
+from chanscale.depth import (
+    END,
+    PRICE,
+    ROOM,
+    WHOLE,
+    Depth,
+    choose_depth,
+    cross_validate,
+    end_trunk,
+    value,
+)
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.pipeline import scale_and_select
 from chanscale.progress import Watcher
@@ -69,6 +79,40 @@ def test_the_best_place_wins_and_the_first_of_equals(monkeypatch):
         found = choose()
         assert found.layer == layer
         assert list(found.aucs.values()) == aucs
+
+
+@pytest.mark.parametrize("of", ["parameters", "macs"])
+@pytest.mark.parametrize(
+    ("budget", "aucs"), [(0.99, [0.7, 0.72, 0.75]), (0.99, [0.6, 0.72, 0.75]), (0.999, [0.7, 0.9, 0.7])]
+)
+def test_a_place_counts_for_less_where_the_budget_leaves_too_little_of_what_lies_in_front(
+    monkeypatch, of, budget, aucs
+):
+    given = iter(aucs)
+    monkeypatch.setattr(depth_module, "cross_validate", lambda *_, **__: next(given))
+    cost = trunk_cost(tiny_classifier(), (), EXAMPLE)
+    times = [replace(cost, layers=cost.layers[:n]).of(of) / ((1 - budget) * cost.of(of)) for n in (1, 2, 3)]
+    found = choose(budget=budget, budget_of=of)
+    assert list(found.aucs.values()) == aucs
+    assert list(found.times.values()) == pytest.approx(times, abs=0.01)
+    values = [value(auc, more) for auc, more in zip(aucs, times, strict=True)]
+    assert found.layer == ("2", "5", None)[int(np.argmax(values))]
+
+
+def test_with_the_same_reading_the_place_with_less_in_front_is_taken_where_little_may_stay(monkeypatch):
+    monkeypatch.setattr(depth_module, "cross_validate", lambda *_, **__: next(given))
+    for budget, layer in ((0.9, None), (0.99, "2")):  # at 0.9, the first layer is not offered
+        given = iter([0.7, 0.72] if budget == 0.9 else [0.7, 0.7, 0.72])
+        assert choose(budget=budget).layer == layer
+
+
+def test_what_room_there_is_costs_nothing_and_each_doubling_beyond_the_same():
+    assert value(0.9, 1.0) == value(0.9, ROOM) == 0.9
+    assert value(0.9, 4 * ROOM) == pytest.approx(0.9 - 2 * PRICE)
+
+
+def test_a_depth_that_was_noted_before_places_were_measured_is_read():
+    assert Depth.from_dict({"layer": "2", "without": ["3"], "aucs": {"2": 0.7}}).times == {}
 
 
 def test_only_training_images_decide():

@@ -228,6 +228,17 @@ def test_layers_behind_the_end_are_marked(tmp_path):
     assert "the last 1 of 3 layers" in run.page.text
 
 
+def test_where_the_network_ends_stands_beside_what_lies_in_front_of_each_place(fitted):
+    aucs, times = {"features.2": 0.8125, "the end": 0.75}, {"features.2": 3.14, "the end": 12.5}
+    depth = {"layer": "features.2", "without": [], "aucs": aucs, "times": times}
+    metrics = dict(fitted.material.metrics)
+    page = Page(build_report(replace(fitted.material, metrics=metrics | {"depth": depth})))
+    assert "times what the budget leaves features.2 0.812 3.1 the end 0.750 12.5" in page.text
+    depth.pop("times")  # as older runs have it
+    page = Page(build_report(replace(fitted.material, metrics=metrics | {"depth": depth})))
+    assert "AUC of a linear head features.2 0.812 the end 0.750" in page.text
+
+
 def test_a_network_of_very_many_channels_is_drawn_in_bars(fitted, monkeypatch):
     monkeypatch.setattr(writing, "MOST_CELLS", 10)
     page = Page(build_report(fitted.material))

@@ -106,7 +106,8 @@ class FitConfig(BaseModel):
     depth: str = Field(
         "auto",
         description="Where the network ends. auto: behind the layer that a linear head reads best, judged on the "
-        "training images alone; full: at its own end; or the name of a layer, e.g. features.18.",
+        "training images alone, or an earlier one where the budget leaves little; full: at its own end; or the name of "
+        "a layer, e.g. features.18.",
     )
     fold_grey: bool = Field(
         False,

@@ -4,10 +4,15 @@ The last layers of a network tell the classes of ImageNet apart. For images that
 middle often say more (Yosinski et al. 2014, section 2; Raghu et al. 2019, "Transfusion", section 4), and they come
 at a fraction of the parameters. So a linear head is fitted behind every layer where the trunk can end, judged by
 cross-validation on the training images alone, and what lies behind the best of them is left out.
+
+The head reads all channels of a layer, and the budget leaves a part of them. Where that is a small part, channels are
+lost that it read, and more of them the deeper the layer. So a place counts for less where the budget leaves too little
+of what lies in front of it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -45,6 +50,10 @@ RARE = 20
 
 FOLDS, REPEATS = 5, 4
 
+ROOM, PRICE = 8, 0.02
+"""A place with up to `ROOM` times in front of it what the budget leaves counts for what a head reads there; for each
+time that it is twice that, `PRICE` less (docs/benchmarks/method.md)."""
+
 END = "the end"
 """Stands for the trunk's own end where layers are named; no module can have this name."""
 
@@ -54,20 +63,24 @@ class Depth:
     """Where the trunk ends: behind `layer`, or None for its own end; `without`: the modules that are left out.
 
     `aucs`: of a linear head behind each layer tried, in order, and at `END`, cross-validated on the training images.
+    `times`: what lies in front of each of these, in multiples of what the budget leaves.
     """
 
     layer: str | None
     without: tuple[str, ...]
     aucs: Mapping[str, float]
+    times: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `from_dict` takes them back."""
-        return {"layer": self.layer, "without": list(self.without), "aucs": dict(self.aucs)}
+        plain = {"layer": self.layer, "without": list(self.without), "aucs": dict(self.aucs)}
+        return plain | {"times": dict(self.times)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the depth that `to_dict` told."""
-        return cls(values["layer"], tuple(values["without"]), dict(values["aucs"]))
+        times = dict(values.get("times", {}))  # older runs have none
+        return cls(values["layer"], tuple(values["without"]), dict(values["aucs"]), times)
 
 
 WHOLE = Depth(None, (), {})
@@ -85,7 +98,8 @@ def choose_depth(
         return WHOLE
     model = on_device(model, config)
     example = data.batch(splits.train[:2])[0].to(device_of(model))
-    cuts = find_allowed(model, example, config, most=MOST if config.depth == "auto" else None)
+    cost = trunk_cost(model, (), example)
+    cuts = find_allowed(model, example, config, cost=cost, most=MOST if config.depth == "auto" else None)
     if config.depth != "auto":
         return _find_named(config.depth, cuts)
     if not cuts:
@@ -101,11 +115,21 @@ def choose_depth(
     if np.isnan(aucs).all():
         return WHOLE
     names = [*(cut.layer for cut in cuts), END]
-    rounded = {name: round(auc, 4) for name, auc in zip(names, aucs, strict=True) if not np.isnan(auc)}
-    best = int(np.nanargmax(aucs))
+    fronts = [*(_cost_before(cut, cost) for cut in cuts), cost]
+    times = [front.of(config.budget_of) / _limit(cost, config) for front in fronts]
+    best = int(np.nanargmax([value(auc, more) for auc, more in zip(aucs, times, strict=True)]))
+    told = [
+        {names[i]: round(figures[i], digits) for i in np.flatnonzero(~np.isnan(aucs))}
+        for figures, digits in ((aucs, 4), (times, 2))
+    ]
     if best == len(cuts):
-        return Depth(None, (), rounded)
-    return Depth(cuts[best].layer, cuts[best].without, rounded)
+        return Depth(None, (), *told)
+    return Depth(cuts[best].layer, cuts[best].without, *told)
+
+
+def value(auc: float, times: float) -> float:
+    """Return what a place counts for where a head reads `auc`, with `times` in front of it what the budget leaves."""
+    return auc - PRICE * max(0.0, math.log2(times / ROOM))
 
 
 def end_trunk(model: Classifier, depth: Depth, example: Tensor) -> Classifier:
@@ -171,17 +195,23 @@ def judge_probe(x: Floats, y: Ints, train: Ints, test: Ints) -> float:
 
 
 def find_allowed(
-    model: Classifier, example: Tensor, config: FitConfig, *, most: int | None = None
+    model: Classifier, example: Tensor, config: FitConfig, *, cost: TrunkCost, most: int | None = None
 ) -> list[Cut]:
-    """Return the cuts that leave a convolution, and more than the budget does; `most` of them, at even distances."""
-    cost = trunk_cost(model, (), example)
-    limit = (1 - config.budget) * cost.of(config.budget_of)
+    """Return the cuts that leave a convolution, and more than the budget does; `most` of them, at even distances.
+
+    `cost`: that of the trunk of `model`.
+    """
 
     def narrow(cuts: list[Cut]) -> list[Cut]:
+        limit = _limit(cost, config)
         allowed = [cut for cut in cuts if _cost_before(cut, cost).of(config.budget_of) > limit]
         return allowed[:: -(-len(allowed) // most)] if most and allowed else allowed
 
     return find_cuts(model.trunk, model.preprocessing(example), narrow=narrow)
+
+
+def _limit(cost: TrunkCost, config: FitConfig) -> float:
+    return cost.limit(config.budget_of, config.budget)
 
 
 def _cost_before(cut: Cut, cost: TrunkCost) -> TrunkCost:
