@@ -148,9 +148,19 @@ def test_a_file_without_rules_loads_and_one_with_damaged_rules_does_not(two, tmp
     older = {k: v for k, v in metadata["info"].items() if k not in ("operating_point", "prediction_sets")}
     path = write_tensors(tmp_path / "model.safetensors", tensors, metadata | {"info": older})
     assert load_model(path)[1].operating_point is None
-    damaged = metadata["info"] | {"operating_point": metadata["info"]["operating_point"] | {"threshold": 2}}
-    write_tensors(path, tensors, metadata | {"info": damaged})
-    with pytest.raises(ArtifactError, match=r"operating_point\.threshold"):
+    for rule, change, said in (
+        ("operating_point", {"threshold": 2}, r"operating_point\.threshold"),
+        ("operating_point", {"sensitivity": 1}, r"operating_point\.sensitivity"),
+        ("prediction_sets", {"coverage": 0}, r"prediction_sets\.coverage"),
+        ("prediction_sets", {"least": [0.1, 0.2, 0.3]}, "the prediction sets are of other classes"),
+    ):
+        damaged = metadata["info"] | {rule: metadata["info"][rule] | change}
+        write_tensors(path, tensors, metadata | {"info": damaged})
+        with pytest.raises(ArtifactError, match=said):
+            load_model(path)
+    three = metadata["info"] | {"classes": ["a", "b", "c"], "prediction_sets": None}
+    write_tensors(path, tensors, metadata | {"info": three})
+    with pytest.raises(ArtifactError, match="an operating point is for two classes"):
         load_model(path)
 
 

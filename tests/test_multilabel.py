@@ -20,7 +20,8 @@ from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.splits import read_splits, split_images, write_splits
 from chanscale.errors import DataError, SplitError
 from chanscale.evaluation import evaluate
-from chanscale.metrics import accuracy, area_under_roc, as_pairs, label_auc, mean_auc
+from chanscale.leaks.findings import contradict
+from chanscale.metrics import accuracy, area_under_roc, as_pairs, estimate, label_auc, mean_auc, resample
 from chanscale.novelty.storage import find_novelty
 from chanscale.probe import fit_head, regress
 from chanscale.temperature import find_temperature
@@ -283,6 +284,22 @@ def test_the_auc_is_the_mean_of_those_of_the_labels_that_have_one():
     assert mean_auc(logits, labels) == pytest.approx(np.mean([aucs[0], aucs[2]]))
 
 
+def test_a_draw_that_lacks_a_rare_label_is_no_draw_of_the_mean_auc():
+    """It would be the mean of fewer labels, and the interval would hold what the figure cannot be."""
+    rng = np.random.default_rng(3)
+    labels = np.stack([np.arange(60) < 2, rng.random(60) < 0.5, np.full(60, UNKNOWN)], 1).astype(int)
+    labels[:, 2] = UNKNOWN  # decided by nothing: no label of the mean
+    shares = rng.random(labels.shape)
+    shares[:, 0] = labels[:, 0]  # told apart exactly
+    groups, figures = np.arange(60), {"auc": mean_auc}
+    found = estimate(figures, shares, labels, groups)["auc"]
+    draws = list(resample(groups, 2000, np.random.default_rng(0)))
+    whole = [mean_auc(shares[d], labels[d]) for d in draws if labels[d, 0].sum() > 0]
+    assert len(whole) < len(draws)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(whole, [0.025, 0.975])))
+    assert found.value == mean_auc(shares, labels)
+
+
 def test_several_labels_are_as_many_questions_of_two_answers():
     logits, labels = drawn()
     shares = probabilities(torch.from_numpy(logits), multilabel=True).numpy()
@@ -328,6 +345,24 @@ def test_a_run_tells_every_label_and_agrees_with_itself_reloaded(made):
     judged = evaluate(model, decode_images(images, image_size=32), splits.test)
     assert judged.estimates["auc"].value == pytest.approx(metrics["auc"]["value"], abs=1e-6)
     assert judged.describe_labels()["right"]["positives"] == metrics["labels"]["right"]["positives"]
+
+
+def test_leaks_takes_the_columns_that_are_labels(made, tmp_path, capsys):
+    _, table = made
+    with table.open(newline="") as file:
+        rows = [[row["path"], 40, *(row[name] for name in CLASSES)] for row in csv.DictReader(file)]
+    more = write(table.with_name("more.csv"), ["path", "age", *CLASSES], rows)
+    assert "--label-columns" in error_of(capsys, ["leaks", str(more)])
+    assert cli.run(["leaks", str(more), "--label-columns", ", ".join(CLASSES)]) in (0, 1)
+
+
+def test_two_labels_contradict_each_other_where_both_are_known():
+    def record(*labels):
+        return ImageRecord("a.png", label=0, group="a", labels=labels)
+
+    assert not contradict(record(1, UNKNOWN), record(UNKNOWN, 0))
+    assert not contradict(record(1, 0), record(1, UNKNOWN))
+    assert contradict(record(1, 0), record(0, UNKNOWN))
 
 
 def test_predict_names_the_labels_that_are_more_probable_than_not(made, capsys):
@@ -385,6 +420,8 @@ def test_explain_takes_a_label_apart(made, tmp_path, capsys):
         == 0
     )
     [told] = [json.loads(path.read_text()) for path in out.glob("*001_0*.json")]
+    wanted = [name for name, share in told["probabilities"].items() if share > 0.5]
+    assert told["predicted"] == ("|".join(wanted) or "none")
     assert told["explained"].startswith("the log-odds of ")
     assert told["bias"] + sum(part["contribution"] for part in told["channels"]) + (
         told["rest"]["contribution"]

@@ -1,11 +1,13 @@
 """The images of a run, opened again: with the patients and the sides that the run knew."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from chanscale import FitConfig, scale_and_select
 from chanscale.artifact import load_model, model_path
+from chanscale.crossval.plan import FORMAT
 from chanscale.data.sources import open_images
 from chanscale.data.splits import read_test_names, read_training_names, split_images
 from chanscale.errors import SplitError
@@ -51,9 +53,26 @@ def test_a_fold_does_without_the_images_that_its_cross_validation_kept_out(run):
     outer = folder.parent.parent / "splits.csv"
     rows = (folder / "splits.csv").read_text().replace(",test\n", ",train\n")
     outer.write_text(rows + "spot/999_0.png,spot,999,test\n")
+    with pytest.raises(SplitError, match="999_0"):  # a table by that name, but no plan: it may be of anything
+        open_again(folder, data)
+    outer.with_name("plan.json").write_text(json.dumps({"format": FORMAT}))
     images, splits = open_again(folder, data)
     assert "spot/999_0.png" not in {record.name for record in images.records}
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 48
+
+
+def test_what_was_skipped_when_the_run_was_made_is_skipped_again(tmp_path, monkeypatch):
+    register(monkeypatch.setitem, monkeypatch.setattr)
+    data = draw(tmp_path / "images")
+    files = sorted(path.relative_to(data) for path in data.glob("*/*.png"))
+    rows = [f"{path},{path.parent}" for path in files]
+    table = data / "table.csv"
+    table.write_text("\n".join(["path,label", *rows, "spot/not_there.png,spot"]))
+    (data / files[3]).write_bytes(b"no image")
+    config = CONFIG.model_copy(update={"skip_bad": True})
+    folder = scale_and_select("tiny", table, config=config, out=tmp_path / "run").folder
+    images, splits = open_again(folder, table)
+    assert len(images) == len(files) - 1 == len(splits.side_of)
 
 
 def test_the_same_set_gives_the_same_split(run):

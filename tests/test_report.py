@@ -78,6 +78,12 @@ def test_the_table_shows_both_networks_and_the_change():
     assert "120 test images of 104 patients" in text
 
 
+def test_names_of_labels_are_text_and_no_markup():
+    several = {name: {"auc": figure(0.9)} for name in ("spot [cm]", "odd [/b]", "[red]x")}
+    text = " ".join(printed(describe_run(metrics(labels=several))).split())
+    assert "AUC by label: spot [cm] 0.90, odd [/b] 0.90, [red]x 0.90" in text
+
+
 def test_the_table_fits_80_columns():
     text = printed(describe_run(metrics()), width=80)
     # Were a cell too wide, it would go on in a line that has no title.

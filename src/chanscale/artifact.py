@@ -71,6 +71,14 @@ class ModelInfo:
     space: VolumeSpace | None = None
     frames: Frames | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where a rule of decision is for other classes than these."""
+        if self.operating_point is not None and not self.is_binary:
+            raise ValueError("an operating point is for two classes")
+        sets = self.prediction_sets
+        if sets is not None and not len(sets.least) == len(sets.images) == len(self.classes):
+            raise ValueError("the prediction sets are of other classes")
+
     @property
     def is_binary(self) -> bool:
         """Whether there are two classes, of which an image has one; the second is the positive one."""

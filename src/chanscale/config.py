@@ -32,6 +32,11 @@ BEFORE_IT_EXISTED: dict[str, Any] = {"depth": "full", "calibrate": False, "speed
 """What an option came to before there was such an option, where that was not its default."""
 
 
+def split_names(columns: str) -> tuple[str, ...]:
+    """Return the names of columns that are separated by commas."""
+    return tuple(name.strip() for name in columns.split(","))
+
+
 class FitConfig(BaseModel):
     """What `scale_and_select` does, whole and validated; frozen."""
 
@@ -258,9 +263,7 @@ class FitConfig(BaseModel):
     @property
     def columns(self) -> tuple[str, ...] | None:
         """The columns that are labels, if they are named."""
-        if self.label_columns is None:
-            return None
-        return tuple(name.strip() for name in self.label_columns.split(","))
+        return None if self.label_columns is None else split_names(self.label_columns)
 
     @model_validator(mode="after")
     def _shares_leave_training_images(self) -> Self:

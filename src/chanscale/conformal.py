@@ -14,6 +14,7 @@ from chanscale.errors import ConfigError
 from chanscale.metrics import Floats, Ints, Metric
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
 
 MARGIN = 1e-3
 """Of a logit: how far a bound lies below the probability that it is taken from, so that rounding loses no image."""
@@ -28,7 +29,7 @@ class PredictionSets:
     the validation images of each, both in the order of the classes.
     """
 
-    coverage: Share
+    coverage: Rate
     least: tuple[Share, ...]
     images: tuple[int, ...]
 

@@ -58,11 +58,9 @@ def _validate(data: Path, out_folder: Path, folds: int, repeats: int, config: Fi
     from chanscale.crossval.folder import CrossFolder
     from chanscale.crossval.plan import CrossPlan
     from chanscale.crossval.validation import cross_validate as validate
-    from chanscale.data import open_images
+    from chanscale.run_images import open_path
 
-    images = open_images(
-        data, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames
-    )
+    images = open_path(data, config)
     warn_about_patients(images, config.group_pattern, "who may then stand in several folds")
     plan, folder = CrossPlan(folds, repeats, config), CrossFolder(out_folder)
     if there := folder.count_done(plan):

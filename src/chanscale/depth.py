@@ -79,7 +79,7 @@ class Depth:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the depth that `to_dict` told."""
-        times = dict(values.get("times", {}))  # older runs have none
+        times = dict(values["times"]) if "times" in values else {}  # older runs have none
         return cls(values["layer"], tuple(values["without"]), dict(values["aucs"]), times)
 
 

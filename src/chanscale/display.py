@@ -221,7 +221,8 @@ def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Tabl
     for index, name in enumerate(columns):
         table.add_column(Text(name), overflow="fold", justify="left" if index < 2 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # not markup: a name may hold brackets
+        # Not markup: a name may hold brackets, or characters that move the cursor.
+        table.add_row(*(Text(without_controls(printable(cell))) for cell in row))
     return table
 
 

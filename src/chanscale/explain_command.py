@@ -65,5 +65,5 @@ def _row(answer: "Answer") -> tuple[str, ...]:
     largest = ", ".join(
         f"{part.circuit.channel.text} {signed(part.contribution)}" for part in answer.channels[:2]
     )
-    share = percent_of(answer.shares[answer.predicted])
+    share = percent_of(max(answer.shares.values()))
     return shown_name(answer.name), answer.predicted, share, signed(answer.logit), largest

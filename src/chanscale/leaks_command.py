@@ -35,6 +35,10 @@ def leaks(
         ),
     ] = None,
     frames: FramesOption = None,
+    label_columns: Annotated[
+        str | None,
+        typer.Option(help="Of a CSV table: the columns that are labels, separated by commas, as for fit."),
+    ] = None,
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -51,8 +55,8 @@ def leaks(
         require_writable(table)
     with watching() as watcher:
         found = find_leaks(
-            data, run=run, group_pattern=group_pattern, frames=frames, skip_bad=skip_bad, table=table,
-            watcher=watcher,
+            data, run=run, group_pattern=group_pattern, frames=frames, label_columns=label_columns,
+            skip_bad=skip_bad, table=table, watcher=watcher,
         )  # fmt: skip
     if table is not None:
         write_groups(found, table)

@@ -1,5 +1,6 @@
 """Figures of merit from probabilities, with bootstrap intervals."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,6 +42,13 @@ def as_pairs(probabilities: Floats, labels: Ints) -> tuple[Floats, Ints]:
     return np.stack([1 - probabilities[known], probabilities[known]], axis=1), labels[known]
 
 
+def name_answer(shares: Sequence[float] | Floats, classes: Sequence[str], *, multilabel: bool) -> str:
+    """Return the most probable class; of several labels those more probable than not, as `effusion|mass`, or `none`."""
+    if multilabel:
+        return "|".join(name for name, share in zip(classes, shares, strict=True) if share > 0.5) or "none"
+    return classes[int(np.argmax(shares))]
+
+
 def mean_auc(probabilities: Floats, labels: Ints) -> float:
     """Area under the ROC curve; for more than two classes the mean of each against the rest.
 
@@ -48,14 +56,27 @@ def mean_auc(probabilities: Floats, labels: Ints) -> float:
     of which there are images with and without; where a label is unknown, the image is left out for it.
     """
     if labels.ndim == 2:
-        aucs = [label_auc(probabilities, labels, label) for label in range(labels.shape[1])]
-        return float(np.mean(defined)) if (defined := [auc for auc in aucs if auc == auc]) else float("nan")
+        return _mean_auc_of(_decided(labels), probabilities, labels)
     classes = probabilities.shape[1]
     if len(np.unique(labels)) < classes:
         return float("nan")
     if classes == 2:
         return area_under_roc(probabilities[:, 1], labels == 1)
     return float(np.mean([area_under_roc(probabilities[:, k], labels == k) for k in range(classes)]))
+
+
+def _decided(labels: Ints) -> list[int]:
+    """Return which of several labels (N, K) some images have and some have not."""
+    return [k for k, column in enumerate(labels.T) if {0, 1} <= set(column.tolist())]
+
+
+def _mean_auc_of(several: Sequence[int], probabilities: Floats, labels: Ints) -> float:
+    """Return the mean AUC of these labels; nan where one of them has no images with it, or none without."""
+    return (
+        float(np.mean([label_auc(probabilities, labels, label) for label in several]))
+        if several
+        else math.nan
+    )
 
 
 def tell_apart(labels: Ints, k: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -129,11 +150,15 @@ def estimate(
     """Return each metric with its 95 % percentile interval (Efron & Tibshirani 1993, ch. 13).
 
     Whole groups (patients) are drawn with replacement, since images of one patient are not independent.
-    A draw that lacks a class is left out for the metrics it does not define.
+    A draw that lacks a class is left out for the metrics it does not define; of several labels, one that lacks what
+    the images have, with or without one of them, is for their mean AUC.
     """
     if len(labels) == 0:
         raise DataError("there are no images to evaluate on; choose a test share above 0")
     draws = list(resample(groups, resamples, np.random.default_rng(seed)))
+    if labels.ndim == 2 and metrics.get("auc") is mean_auc:
+        # A mean over fewer labels would be another quantity.
+        metrics = {**metrics, "auc": partial(_mean_auc_of, _decided(labels))}
     return {
         name: _interval(metric(probabilities, labels), [metric(probabilities[d], labels[d]) for d in draws])
         for name, metric in metrics.items()

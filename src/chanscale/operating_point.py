@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from chanscale.conformal import Share, fewest_for, just_below, rank_of
+from chanscale.conformal import Rate, Share, fewest_for, just_below, rank_of
 from chanscale.errors import ConfigError
 from chanscale.metrics import Floats, Ints, Metric
 
@@ -29,7 +29,7 @@ class OperatingPoint:
     """
 
     threshold: Share
-    sensitivity: Share
+    sensitivity: Rate
     positives: Count
     rests_on: Count
 

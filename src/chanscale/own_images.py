@@ -6,6 +6,7 @@ from pathlib import Path
 
 from chanscale.artifact import ModelInfo
 from chanscale.config import FitConfig
+from chanscale.crossval.plan import is_cross_folder
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, read_groups, read_splits, read_test_names
 from chanscale.errors import ArtifactError
@@ -22,7 +23,7 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
     options = FitConfig.read(config)
     images = open_images(
         path, group_pattern=options.group_pattern, classes=info.classes, frames=info.frames or options.frames,
-        label_columns=info.label_columns,
+        label_columns=info.label_columns, skip_bad=options.skip_bad,
     )  # fmt: skip
     images = _less_outer_test(images, file.parent)
     groups = read_groups(splits)
@@ -35,10 +36,10 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
 
 def _less_outer_test(images: ImageSet, run: Path) -> ImageSet:
     """Return the images without those that a cross-validation, one of whose folds this run is, kept from all folds."""
-    outer = run.parent.parent / "splits.csv"
-    if run.parent.name != "runs" or not outer.is_file():
+    folder = run.parent.parent
+    if run.parent.name != "runs" or not is_cross_folder(folder):
         return images
-    kept_out = read_test_names(outer)
+    kept_out = read_test_names(folder / "splits.csv")
     return replace(images, records=tuple(record for record in images.records if record.name not in kept_out))
 
 

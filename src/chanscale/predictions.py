@@ -21,6 +21,7 @@ from chanscale.data.sources import ImageRecord, ImageSet, spread_frames
 from chanscale.errors import DataError
 from chanscale.evaluation import predict
 from chanscale.files import exists
+from chanscale.metrics import name_answer
 from chanscale.novelty.detector import Detector, Verdict
 from chanscale.operating_point import OperatingPoint
 from chanscale.programs import Program
@@ -59,7 +60,9 @@ class Predictions:
 
         Of several labels, those that are more probable than not, as in `effusion|mass`, or "none".
         """
-        classes = tuple(self._name(row) for row in self.probabilities)
+        classes = tuple(
+            name_answer(row, self.classes, multilabel=self.multilabel) for row in self.probabilities
+        )
         if not self.abstain or self.verdicts is None:
             return classes
         told = zip(classes, self.verdicts, strict=True)
@@ -114,11 +117,6 @@ class Predictions:
             }
         known = {name: values for name, values in told.items() if values is not None}
         return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
-
-    def _name(self, row: NDArray[np.float32]) -> str:
-        if self.multilabel:
-            return "|".join(self.classes[k] for k in np.flatnonzero(row > 0.5)) or "none"
-        return self.classes[row.argmax()]
 
     def _columns(self) -> dict[str, Sequence[str]]:
         """Return the cells of the table, by column."""

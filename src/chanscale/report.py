@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from chanscale.depth import END
 from chanscale.files import write_atomically
@@ -32,12 +33,13 @@ _VGG16_LAYERS = {
 
 def describe_run(metrics: Mapping[str, Any]) -> Table:
     """Return a table of `metrics`, as in metrics.json, that rich can print: before, after, and the change."""
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(metrics), caption_justify="left")
+    # Not markup: a label may hold brackets.
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(_caption(metrics)), caption_justify="left")
     table.add_column("")
     for name in (BEFORE, AFTER, "change"):
         table.add_column(name, justify="right")
     for row in [*_size_rows(metrics), *_figure_rows(metrics)]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

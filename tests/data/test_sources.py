@@ -79,6 +79,8 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
 def test_class_names_that_are_numbers_are_in_order_of_value(tmp_path: Path) -> None:
     write_images(tmp_path, *(f"{label}/{i}.png" for label in (10, 2, 1) for i in range(2)))
     assert open_images(tmp_path).classes == ("1", "2", "10")
+    write_images(tmp_path, *(f"{label}/{i}.png" for label in ("01", "+1", "001") for i in range(2)))
+    assert open_images(tmp_path).classes == ("+1", "001", "01", "1", "2", "10")  # in no order but this
 
 
 def test_the_pattern_names_the_patient_across_classes(tmp_path: Path) -> None:
@@ -120,6 +122,24 @@ def test_folder_errors_say_what_to_do(tmp_path: Path) -> None:
     assert "no image (.dcm, .dicom, .ima, .jpeg, .jpg, .nii, .nii.gz, .png, .tif, .tiff) in 'c'" in message(
         tmp_path
     )
+
+
+def test_folders_of_sides_are_no_classes_and_a_table_names_them(tmp_path: Path) -> None:
+    files = (f"{side}/{name}/{i}.png" for side in ("Train", "val", "test") for name in "ab" for i in range(2))
+    write_images(tmp_path, *files)
+    said = message(tmp_path)
+    assert "Train, test, val, are sides, not classes" in said
+    lines = said.partition("such as ")[2].removesuffix(".").split(" and ")
+    images = open_images(write_table(tmp_path, "\n".join(["path,label,split", *lines, "val,,validation"])))
+    assert images.classes == ("a", "b")
+    sides = {record.name.partition("/")[0]: record.split for record in images.records}
+    assert sides == {"Train": "train", "val": "validation", "test": "test"}
+
+
+@pytest.mark.parametrize("columns", ["path,label,label", "path,Label,label,split", "Path,path,label"])
+def test_a_table_with_one_of_our_columns_twice_is_refused(tmp_path: Path, columns: str) -> None:
+    write_images(tmp_path, "a.png")
+    assert "twice" in message(write_table(tmp_path, f"{columns}\na.png,b,c,d\n"))
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

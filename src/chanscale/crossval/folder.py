@@ -7,14 +7,12 @@ from typing import cast
 
 from chanscale.comparison.cells import digest_images
 from chanscale.config import TIMING, FixedPrecision
-from chanscale.crossval.plan import CrossPlan, Member
+from chanscale.crossval.plan import FORMAT, PLAN, CrossPlan, Member
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import write_splits
 from chanscale.devices import find_precision
 from chanscale.files import to_json, write_atomically
 from chanscale.working_folder import read_plan, require_same_plan, working_in
-
-FORMAT = "chanscale-cross-plan/1"
 
 
 class CrossFolder:
@@ -66,4 +64,4 @@ class CrossFolder:
 
     @property
     def _plan(self) -> Path:
-        return self.out / "plan.json"
+        return self.out / PLAN

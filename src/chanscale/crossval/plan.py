@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from chanscale.comparison.folds import split_for_cell
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
 from chanscale.errors import ConfigError
+from chanscale.files import read_json
 
 SEEDS = 2**32
 """How many seeds there are."""
+
+FORMAT, PLAN = "chanscale-cross-plan/1", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,12 @@ def take(images: ImageSet, indices: Sequence[int]) -> ImageSet:
     """Return these images, which stand on no side."""
     records = tuple(replace(images.records[i], split=None) for i in indices)
     return replace(images, records=records)
+
+
+def is_cross_folder(folder: Path) -> bool:
+    """Tell whether a cross-validation was begun in `folder`: its plan lies there."""
+    try:
+        noted = read_json(folder / PLAN)
+    except (OSError, ValueError):
+        return False
+    return isinstance(noted, dict) and noted.get("format") == FORMAT

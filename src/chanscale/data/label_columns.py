@@ -17,6 +17,8 @@ def find_label_columns(columns: Sequence[str], wanted: Sequence[str] | None, tab
 
     `wanted`: their names; default: where there is no column `label`, all that are not ours. Raises DataError.
     """
+    if twice := [name for name in OWN_COLUMNS if columns.count(name) > 1]:
+        raise DataError(f"{table} has the column {twice[0]} twice; rename one, or remove it.")
     if "path" in columns and "label" in columns and wanted is None:
         return ()
     found = tuple(name for name in columns if name not in OWN_COLUMNS) if wanted is None else tuple(wanted)

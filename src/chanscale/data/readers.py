@@ -81,6 +81,13 @@ def _read_folder(root: Path) -> list[Row]:
             f"{root} has no image ({_SUFFIXES}) in {', '.join(map(repr, empty))}. "
             "Each folder in it is a class: fill these, or move them away."
         )
+    if len(folders) > 1 and all(folder.name.lower() in SPLIT_WORDS for folder in folders):
+        names = ", ".join(folder.name for folder in folders)
+        lines = " and ".join(f"{folder.name},,{SPLIT_WORDS[folder.name.lower()]}" for folder in folders[:2])
+        raise DataError(
+            f"the folders in {root}, {names}, are sides, not classes. Name them in a table beside them instead: "
+            f"path,label,split, with lines such as {lines}."
+        )
     paths = ((path, folder) for folder in folders for path in files[folder])
     return [Row(path.relative_to(root).as_posix(), folder.name, path=path) for path, folder in paths]
 

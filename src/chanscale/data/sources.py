@@ -248,8 +248,9 @@ def _name_classes(rows: list[Row], source: Path) -> tuple[str, ...]:
 
 
 def _order_classes(names: set[str]) -> tuple[str, ...]:
-    numbers = all(re.fullmatch(r"[+-]?\d+", name) for name in names)
-    return tuple(sorted(names, key=int) if numbers else sorted(names))
+    numbers = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names)
+    # By name as well: 1 and 01 are two classes.
+    return tuple(sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names))
 
 
 def _check_classes(images: ImageSet) -> None:

@@ -82,11 +82,15 @@ def suggest_group_pattern(images: ImageSet) -> str | None:
 def write_splits(path: Path, images: ImageSet, splits: Splits) -> None:
     """Write a CSV table of name, label, group and split, a row for each image; whole or not at all."""
     side_of = splits.side_of
+    rows = [
+        (record.name, describe_label(record, images.classes), record.group, side_of[index])
+        for index, record in enumerate(images.records)
+    ]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for index, record in enumerate(images.records):
-        writer.writerow((record.name, describe_label(record, images.classes), record.group, side_of[index]))
+    # The module quotes the line's end that it writes, and no other, which would be one when it reads.
+    returns = any("\r" in cell for row in rows for cell in row)
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
+    writer.writerows([_COLUMNS, *rows])
     write_atomically(path, text.getvalue())
 
 

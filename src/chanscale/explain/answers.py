@@ -22,6 +22,7 @@ from chanscale.explain.overlays import Bar, Overlay, full_colour
 from chanscale.explain.patches import read_grey
 from chanscale.explain.places import shown_name
 from chanscale.explain.survey import Survey
+from chanscale.metrics import name_answer
 from chanscale.wording import NOTICE
 
 
@@ -67,11 +68,12 @@ class Answer:
     others: int = 0
     rest: float = 0.0
     usual_logit: float | None = None
+    multilabel: bool = False
 
     @property
     def predicted(self) -> str:
-        """The most probable class."""
-        return max(self.shares, key=lambda name: self.shares[name])
+        """The most probable class; of several labels those more probable than not, or "none"."""
+        return name_answer(tuple(self.shares.values()), tuple(self.shares), multilabel=self.multilabel)
 
     def to_brief(self) -> dict[str, Any]:
         """Return what stands first: the image, its class, and the probabilities."""
@@ -116,6 +118,7 @@ def answer_image(survey: Survey, index: int, *, top: int, method: Method) -> Ans
         subject=subject,
         logit=float(survey.logits[index, subject.target]),
         evidence=_show(survey, index, subject, method),
+        multilabel=survey.info.multilabel,
     )
     return answer if survey.parts is None else _with_channels(answer, survey, top)
 

@@ -131,11 +131,19 @@ def _judge(images: ImageSet, sides: Sequence[Side | None], pair: Twins) -> Findi
     first, second = images.records[pair.first], images.records[pair.second]
     where = sides[pair.first], sides[pair.second]
     kinds: list[Kind] = ["leak" if where[0] != where[1] else "duplicate"]
-    if (first.label, first.labels) != (second.label, second.labels):
+    if contradict(first, second):
         kinds.append("label conflict")
     if first.has_patient and second.has_patient and first.group != second.group:
         kinds.append("two patients")
     return Finding(first, second, where, tuple(kinds), pair.agreement, pair.mirrored, pair.inverted)
+
+
+def contradict(first: ImageRecord, second: ImageRecord) -> bool:
+    """Return whether two images have different classes, or one has a label that the other is known to lack."""
+    if not first.labels:
+        return first.label != second.label
+    pairs = zip(first.labels, second.labels, strict=True)
+    return any(one != other and UNKNOWN not in (one, other) for one, other in pairs)
 
 
 def _of_one_file(first: ImageRecord, second: ImageRecord) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from chanscale.artifact import load_model, model_path
-from chanscale.config import Frames
+from chanscale.config import Frames, split_names
 from chanscale.data.loading import DecodedImages, decode_images
 from chanscale.data.readers import Side
 from chanscale.data.sources import ImageSet, open_images
@@ -24,6 +24,7 @@ def find_leaks(
     run: Path | str | None = None,
     group_pattern: str | None = None,
     frames: Frames | None = None,
+    label_columns: str | None = None,
     skip_bad: bool = False,
     workers: int = 2,
     table: Path | None = None,
@@ -32,12 +33,15 @@ def find_leaks(
     """Return the pairs of images that show one exposure, and what they spoil.
 
     `run`: a run folder whose sides, patients and frames count; without, the sides are those that `data` itself gives,
-    and `frames` says which of a DICOM file's are taken; default: the first.
+    `frames` says which of a DICOM file's are taken, default: the first, and `label_columns` which columns of a table
+    are labels, as for `fit`.
     `table`: where `write_groups` is to write later; checked before the work. Raises DataError, ArtifactError,
     ConfigError.
     """
     watcher = watcher or Watcher()
-    images, sides = _open(Path(data), Path(run) if run else None, group_pattern, frames, skip_bad)
+    images, sides = _open(
+        Path(data), Path(run) if run else None, group_pattern, frames, label_columns, skip_bad
+    )
     if table is not None:
         require_paths(images, table)
     decoded = decode_images(
@@ -73,10 +77,18 @@ def describe(found: Findings) -> str:
 
 
 def _open(
-    data: Path, run: Path | None, group_pattern: str | None, frames: Frames | None, skip_bad: bool
+    data: Path,
+    run: Path | None,
+    group_pattern: str | None,
+    frames: Frames | None,
+    label_columns: str | None,
+    skip_bad: bool,
 ) -> tuple[ImageSet, dict[str, Side | None]]:
     if run is None:
-        images = open_images(data, group_pattern=group_pattern, skip_bad=skip_bad, frames=frames or "first")
+        images = open_images(
+            data, group_pattern=group_pattern, skip_bad=skip_bad, frames=frames or "first",
+            label_columns=None if label_columns is None else split_names(label_columns),
+        )  # fmt: skip
         return images, {record.name: record.split for record in images.records}
     if group_pattern is not None:
         raise ConfigError(
@@ -84,6 +96,10 @@ def _open(
         )
     if frames is not None:
         raise ConfigError(f"{run} knows its frames; frames={frames!r} is for images without a run")
+    if label_columns is not None:
+        raise ConfigError(
+            f"{run} knows its labels; label_columns={label_columns!r} is for images without a run"
+        )
     images, splits = open_own_images(data, model_path(run), load_model(run)[1])
     return images, {images.records[index].name: side for index, side in splits.side_of.items()}
 
