@@ -284,6 +284,21 @@ def test_the_precision_is_measured_once(tmp_path, monkeypatch):
             assert folder.begin(plan, make_images()) == wanted
 
 
+def test_a_grid_that_was_stopped_before_its_plan_was_written_can_be_begun(tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    folder, plan = GridFolder(tmp_path / "grid"), replace(PLAN, config=FitConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr("chanscale.comparison.grid.find_precision", stop)
+        with pytest.raises(KeyboardInterrupt), folder.working():
+            folder.begin(plan, make_images())
+    (folder.out / ".grid.json.17.tmp").write_text("half")  # as one that is killed leaves it
+    with folder.working():
+        folder.begin(PLAN, make_images())
+    assert sorted(path.name for path in folder.out.iterdir()) == ["cells", "grid.json"]
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="something else than a grid"), GridFolder(tmp_path).working():
@@ -315,6 +330,22 @@ def test_a_damaged_grid_is_named(folder, text):
     (folder.out / "grid.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"grid\.json is (damaged|of another version)"):
         folder.read()
+
+
+@pytest.mark.parametrize("lost", ["config", "folds", "images"])
+def test_a_plan_that_lacks_something_is_damaged(folder, lost):
+    noted = json.loads((folder.out / "grid.json").read_text())
+    (folder.out / "grid.json").write_text(json.dumps({k: v for k, v in noted.items() if k != lost}))
+    with folder.working(), pytest.raises(ArtifactError, match="is damaged; use another --out"):
+        folder.begin(PLAN, make_images())
+
+
+@pytest.mark.parametrize("lost", ["parameters", "macs", "test"])
+def test_a_cell_that_lacks_figures_is_damaged(folder, lost):
+    spec = PLAN.specs(Path("data"), make_images(), "32-true")[0]
+    result = make_result(spec.cell, digest=spec.digest)
+    del result[lost]
+    assert read_cell(write_cell(folder.cells, result)) is None
 
 
 def test_cells_that_fail_do_not_stop_others_and_leaving_early_stops_all():

@@ -82,6 +82,7 @@ def test_what_all_methods_have_is_left_out_of_their_names():
         ("chanscale@0.9+budget=0.9", "budget is given twice"),
         ("chanscale+penalty=../gradient", "penalty becomes part of a file name, and must be without / and"),
         ("chanscale+penalty=a\\b", "penalty becomes part of a file name"),
+        ("chanscale+coverage=0.9", "coverage says how probabilities are read, and changes no cell"),
     ],
 )
 def test_options_of_ours_that_cannot_be_name_the_method(method, words):

@@ -436,6 +436,7 @@ def test_what_no_fold_could_run_with_leaves_nothing(data, tiny, tmp_path, capsys
         (["--folds=20"], "too few for --folds 20"),
         (["--folds=2", f"--out={data / 'cv'}"], "lies in the images' folder"),
         (["--folds=2", "--backbone=resnet1"], "must be one of"),
+        (["--folds=2", "--coverage=0.99"], "coverage=0.99 takes"),
     ):
         out = [] if any("--out" in option for option in options) else ["--out", tmp_path / "cv"]
         assert message in error_of(capsys, ["cross-validate", data, *out, *OPTIONS, *options])

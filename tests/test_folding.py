@@ -101,6 +101,11 @@ def test_a_folded_run_reloads(tmp_path):
         loaded, info = load_model(tmp_path / "run", trunk=tiny_classifier().trunk)
         assert torch.equal(loaded(x), run.model(x))
     assert info.preprocessing["folded"]
+    layers = [layer for layer in loaded.trunk.modules() if isinstance(layer, nn.Conv2d)]
+    kept = sum(layer.weight.numel() + layer.bias.numel() for layer in layers)
+    assert run.metrics["parameters"]["kept"] == kept < plain.metrics["parameters"]["kept"]
+    assert run.metrics["macs"]["kept"] < plain.metrics["macs"]["kept"]
+    assert run.metrics["parameters"]["trunk"] == plain.metrics["parameters"]["trunk"]
     path = save_model(loaded, describe(loaded, {}), tmp_path / "again.safetensors")
     assert path.exists()
 

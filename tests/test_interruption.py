@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ import tiny_backbone
 from chanscale import cli, files
 from chanscale.artifact import read_tensors
 from chanscale.errors import ArtifactError, ConfigError
+from chanscale.learning import Learner
 from chanscale.runs import RunFolder
 from test_cli import OPTIONS, draw, error_of, files_below, words
 from tiny_fits import tiny_config
@@ -173,6 +175,37 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undistur
     disk.room = 1000
     assert cli.run([*arguments, "--resume"]) == 0
     assert content_of(tmp_path / "run") == content_of(undisturbed.run)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()], ids=repr
+)
+def test_without_enough_memory_it_is_one_line_and_the_run_goes_on(
+    undisturbed, tmp_path, monkeypatch, capsys, error
+):
+    arguments, calls, whole = fit_into(tmp_path / "run", undisturbed.data), [], Learner.backward
+
+    def give_out(self, *given):
+        calls.append(given)
+        if len(calls) > 30:
+            raise error
+        return whole(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "backward", give_out)
+        line = error_of(capsys, arguments)
+    assert line.startswith(
+        "error: out of memory; --recompute 1 takes less; go on after the last whole epoch with: "
+    )
+    assert len(load_story(tmp_path / "run.partial")["history"]) >= 1
+    assert cli.run([*arguments, "--resume", "--recompute=1"]) == 0
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_defect_is_not_taken_for_a_lack_of_memory(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "backward", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.run(fit_into(tmp_path / "run", undisturbed.data))
 
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(undisturbed, tmp_path, disk, capsys):

@@ -109,6 +109,23 @@ def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path):
     other.release()
 
 
+def test_a_run_does_not_go_on_from_what_another_began_meanwhile(tmp_path):
+    config = tiny_config(backbone="Sequential")
+    opened = RunFolder.open(tmp_path / "run", config, resume=False)
+    other = RunFolder.open(tmp_path / "run", tiny_config(backbone="Sequential", seed=7), resume=False)
+    other.begin(IMAGES.images, SPLITS)
+    other.release()  # interrupted
+    with pytest.raises(ArtifactError, match="was begun by another process"):
+        opened.begin(IMAGES.images, SPLITS)
+    opened.discard()
+    assert "seed: 7" in (tmp_path / "run.partial" / "config.yaml").read_text()
+
+
+def test_label_columns_are_for_a_table(tmp_path):
+    with pytest.raises(ConfigError, match="`label_columns` is for a CSV table"):
+        scale_and_select("vgg16", tmp_path, config=tiny_config(label_columns="a,b"))
+
+
 class Dictionary(nn.Module):
     """A trunk as segmentation libraries have them: it returns more than the feature map."""
 

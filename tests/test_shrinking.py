@@ -131,6 +131,16 @@ def test_the_gradient_of_the_penalty_points_towards_0(weigh_by):
         assert added[0] == 0
 
 
+def test_where_the_budget_is_met_already_the_gradient_of_the_penalty_is_nothing():
+    """The pivot is 0 then, and so is the learning rate, which its step is measured by."""
+    scales, model = draw_scales(), penalty()
+    for scale in scales.parameters.values():
+        scale.grad = torch.ones_like(scale)
+    assert model.pivot(scales, Pace(0.0, 10, 20)) == 0
+    assert model.add_gradient(scales, Pace(0.0, 10, 20), lr=0.0) == 0
+    assert all(torch.equal(scale.grad, torch.ones_like(scale)) for scale in scales.parameters.values())
+
+
 def test_what_has_reached_0_is_selected_but_never_beyond_the_budget():
     scales, model = draw_scales(), penalty(WidthRule(minimum=1))
     first = next(iter(scales.parameters.values()))

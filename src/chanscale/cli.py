@@ -12,7 +12,7 @@ from chanscale.cross_validate_command import cross_validate
 from chanscale.delta_commands import restore, verify
 from chanscale.deploy_commands import export, latency
 from chanscale.display import complain, program
-from chanscale.errors import ChanscaleError
+from chanscale.errors import ChanscaleError, lacks_memory
 from chanscale.explain_command import explain
 from chanscale.files import describe_refusal
 from chanscale.followers import is_follower, sign
@@ -65,7 +65,11 @@ def run(arguments: list[str]) -> int:
         return _fail(describe_refusal(error))
     except UnfinishedRun as stop:
         complain(f"{stop}; go on after the last whole epoch with: {_resume(arguments)}")
-        return FAILED if isinstance(stop.__cause__, OSError) else INTERRUPTED
+        return INTERRUPTED if isinstance(stop.__cause__, KeyboardInterrupt) else FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        return _fail("out of memory; use a smaller --image-size or --micro-batch, or another --device")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED and not is_follower():

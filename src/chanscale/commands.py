@@ -35,7 +35,7 @@ from chanscale.display import (
     steps_of,
     watching,
 )
-from chanscale.errors import ConfigError
+from chanscale.errors import ConfigError, lacks_memory
 from chanscale.followers import is_follower
 from chanscale.wording import percent, printable
 
@@ -255,7 +255,6 @@ def run_demo(
 
 
 def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "Run":
-    from chanscale.files import describe_refusal
     from chanscale.pipeline import scale_and_select
     from chanscale.run_images import open_path
     from chanscale.runs import RunFolder
@@ -275,11 +274,21 @@ def _fit(data: Path, out_folder: Path, config: FitConfig, *, resume: bool) -> "R
             return scale_and_select(
                 config.backbone, data, config=config, out=out_folder, resume=resume, watcher=watcher
             )
-    except (KeyboardInterrupt, OSError) as stop:
-        if folder.partial.exists():
-            reason = f"error: {describe_refusal(stop)}" if isinstance(stop, OSError) else "interrupted"
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError) as stop:
+        if folder.partial.exists() and (reason := _name_stop(stop)):
             raise UnfinishedRun(reason) from stop
         raise
+
+
+def _name_stop(stop: BaseException) -> str | None:
+    """Return what stopped a run that can go on; None where it was a defect."""
+    from chanscale.files import describe_refusal
+
+    if isinstance(stop, OSError):
+        return f"error: {describe_refusal(stop)}"
+    if isinstance(stop, KeyboardInterrupt):
+        return "interrupted"
+    return "error: out of memory; --recompute 1 takes less" if lacks_memory(stop) else None
 
 
 def require_outside(data: Path, out_folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What the validation images settle once training is over: temperature, operating point, prediction sets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from chanscale.classifier import Classifier, probabilities
 from chanscale.config import FitConfig
 from chanscale.conformal import PredictionSets, find_prediction_sets, require_enough
 from chanscale.data.loading import DecodedImages
+from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits
 from chanscale.errors import ConfigError
 from chanscale.evaluation import Evaluation, predict_logits
@@ -40,13 +41,13 @@ class DecisionRules:
         return {"calibration": calibration, **found}
 
 
-def require_support(config: FitConfig, images: DecodedImages, splits: Splits) -> None:
+def require_support(config: FitConfig, images: ImageSet, validation: Iterable[int]) -> None:
     """Raise ConfigError where the validation images are too few for what `config` asks: before training, not after."""
-    classes = len(images.images.classes)
-    if images.images.is_multilabel:
+    classes = len(images.classes)
+    if images.is_multilabel:
         _refuse_for_labels(config)
         return
-    labels = [images.images.records[index].label for index in splits.validation]
+    labels = [images.records[index].label for index in validation]
     counts = np.bincount(labels, minlength=classes).tolist()
     if config.sensitivity is not None:
         require_positives(classes, counts[1])

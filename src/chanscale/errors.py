@@ -112,3 +112,15 @@ def brief(value: object) -> str:
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, MOST, MOST
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the machine, or a device of it, has not enough memory.
+
+    PyTorch says so with a RuntimeError, of which but that of devices has a class of its own.
+    """
+    said = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in said for word in words)
+    )

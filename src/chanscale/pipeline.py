@@ -123,7 +123,7 @@ def _run(
         (folder.read_splits(images.images) if folder else None)
         or split_images(images.images, validation=config.validation, test=config.test, seed=config.seed)
     )
-    require_support(config, images, splits)
+    require_support(config, images.images, splits.validation)
     warn_of_imbalance(config, images, splits)
     leaks = note_leaks(images, splits, watcher) if folder and is_main() else None
     original, classifier = open_classifier(

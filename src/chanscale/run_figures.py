@@ -66,7 +66,9 @@ def measure(classifier: Classifier, best: Best, images: DecodedImages, *, full: 
     """
     example, _ = images.batch([0])
     cost = trunk_cost(classifier, channel_groups(classifier, example), example)
-    left = cost.keep(best.kept)
+    # Of a folded network, the first convolution has fewer inputs than that whose channels were counted.
+    folded = best.model.preprocessing.folded
+    left = trunk_cost(best.model, (), example) if folded else cost.keep(best.kept)
     trunk, kept = cost.original("parameters"), left.parameters()
     macs = cost.original("macs")
     return {

@@ -47,6 +47,8 @@ def _choose_space(images: ImageSet, config: FitConfig) -> VolumeSpace | None:
 
 def open_path(path: Path, config: FitConfig) -> ImageSet:
     """List the images of a folder, table or array file as `config` says. Raises DataError, ConfigError."""
+    if config.label_columns is not None and path.suffix.lower() != ".csv":
+        raise ConfigError(f"`label_columns` is for a CSV table, and {path} is none; leave it out")
     open_as = partial(
         open_images, path, group_pattern=config.group_pattern, skip_bad=config.skip_bad, frames=config.frames,
         label_columns=config.columns,

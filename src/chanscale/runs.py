@@ -34,7 +34,8 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """One run on disk. Until `finish`, everything lies in `<out>.partial`, from where `--resume` goes on."""
 
-    def __init__(self, out: Path, config: FitConfig) -> None:
+    def __init__(self, out: Path, config: FitConfig, *, resume: bool = False) -> None:
+        self._resume = resume
         self.out = out if out.name else out.absolute()
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.config = config
@@ -43,7 +44,7 @@ class RunFolder:
     @classmethod
     def open(cls, out: Path, config: FitConfig, *, resume: bool) -> "RunFolder":
         """Check that the run can be written to `out`; writes nothing. Raises ArtifactError, ConfigError."""
-        folder = cls(out, config)
+        folder = cls(out, config, resume=resume)
         require_absent(out)
         if folder.partial.exists() and not resume:
             raise ArtifactError(
@@ -58,11 +59,14 @@ class RunFolder:
     def begin(self, images: ImageSet, splits: Splits) -> None:
         """Take the unfinished folder, and write `config.yaml` and `splits.csv`. Raises ArtifactError.
 
-        Raises it, too, when another process works there.
+        Raises it, too, when another process works there, or has begun a run since this one was opened.
         """
         with claiming(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            if not self._resume and any(not path.name.startswith(".") for path in self.partial.iterdir()):
+                self.release()
+                raise ArtifactError(f"{self.partial} was begun by another process; choose another --out")
             write_atomically(self.partial / "config.yaml", self.config.to_yaml())
             write_splits(self.partial / "splits.csv", images, splits)
 

@@ -88,6 +88,8 @@ class BudgetPenalty:
         It is measured in root mean squares of the data's gradient, which Adam turns into steps of `lr`.
         """
         _, step, factors = self._press(scales, pace)
+        if lr == 0:  # the network is smaller than the budget already, and nothing is to move
+            return step
         rms = scales.gradient_rms()
         scales.add_to_gradients({name: factor * (rms * step / lr) for name, factor in factors.items()})
         return step

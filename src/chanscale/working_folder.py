@@ -14,11 +14,18 @@ from chanscale.wording import printable
 
 
 def require_own(out: Path, file: str, *, what: str) -> None:
-    """Raise ArtifactError unless `out` is new, empty, or a folder with `file`, as one that holds `what` has it."""
+    """Raise ArtifactError unless `out` is new, empty, or a folder with `file`, as one that holds `what` has it.
+
+    A process that is stopped before it wrote the file leaves hidden files and an empty folder.
+    """
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file; choose another --out")
-    if out.exists() and any(out.iterdir()) and not (out / file).exists():
+    if out.exists() and not (out / file).exists() and any(map(_holds_something, out.iterdir())):
         raise ArtifactError(f"{out} holds something else than {what}; choose another --out")
+
+
+def _holds_something(path: Path) -> bool:
+    return not path.name.startswith(".") and not (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager
@@ -67,8 +74,10 @@ def require_same_plan(
 ) -> None:
     """Raise ConfigError unless `out` was begun with the options and images that are wanted, `idle` aside.
 
-    `own`: the fact that such a plan has besides those of a fit.
+    Raises ArtifactError where it is not noted with what. `own`: the fact that such a plan has besides those of a fit.
     """
+    if not (isinstance(noted.get("config"), dict) and own in noted and "images" in noted):
+        raise ArtifactError(f"the plan in {out} is damaged; use another --out")
     begun, asked = (facts["config"] | {own: facts[own]} for facts in (noted, wanted))
     require_same_options(out, begun, asked, idle=idle)
     if noted["images"] != wanted["images"]:

@@ -220,6 +220,7 @@ def read_cell(path: Path) -> Result | None:
     try:
         result = read_json(path)
         whole = result["format"] == FORMAT and Cell(**result["cell"]).name == path.name.removesuffix(".json")
+        whole = whole and all(isinstance(result[of], dict) for of in ("parameters", "macs"))
         lengths = {len(column) for column in result["test"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -92,7 +92,9 @@ class GridFolder:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Keep other processes out of the folder, which is made. Raises ArtifactError."""
-        with working_in(self.out, plan=self._file, parts=self.cells, written=[self.cells], what="a grid"):
+        with working_in(
+            self.out, plan=self._file, parts=self.cells, written=[self.out, self.cells], what="a grid"
+        ):
             yield
 
     def begin(self, plan: Plan, images: ImageSet) -> FixedPrecision:

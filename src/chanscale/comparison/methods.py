@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from chanscale.baselines import BUDGETED, LEARNING_RATES
-from chanscale.config import FitConfig
+from chanscale.config import READING, FitConfig
 from chanscale.errors import ConfigError, one_line
 
 OURS = "chanscale"
 COMMON = frozenset({
     "image_size", "group_pattern", "frames", "positive", "validation", "test", "skip_bad", "augment", "workers",
     "spacing", "window", "cache_gib", "backbone", "weights", "batch_size", "seed", "precision", "device", "speed",
+    "label_columns", "devices", "nodes",
 })  # fmt: skip
 """Options that all methods of a comparison have in common: with others, it would be another comparison."""
 
@@ -134,6 +135,8 @@ def _find_fault(option: str, text: str, options: dict[str, Any]) -> str | None:
         return f"there is no option {option!r}; chanscale fit --help lists them, here with _ in place of -"
     if option in COMMON:
         return f"{option} must be the same for all methods; leave it out here, and set it for the whole grid"
+    if option in READING:
+        return f"{option} says how probabilities are read, and changes no cell; leave it out"
     if option in options:
         return f"{option} is given twice; leave one out"
     if "/" in text or "\\" in text:

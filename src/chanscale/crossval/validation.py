@@ -13,6 +13,7 @@ from chanscale.crossval.figures import NOTES, judge_folds
 from chanscale.crossval.folder import CrossFolder
 from chanscale.crossval.plan import CrossPlan, Member, take
 from chanscale.data.sources import ImageSet
+from chanscale.decision_rules import require_support
 from chanscale.ensemble import RESULT
 from chanscale.files import to_json, write_atomically
 from chanscale.pipeline import scale_and_select
@@ -63,7 +64,9 @@ def cross_validate(
     learning = take(images, splits.train)
     outer = take(images, splits.test) if splits.test else None
     for member in plan.members:
-        plan.put_on_sides(learning, member)  # says now what would otherwise end a run
+        # Says now what would otherwise end a run.
+        sides = [record.split for record in plan.put_on_sides(learning, member).records]
+        require_support(config, learning, [i for i, side in enumerate(sides) if side == "validation"])
     with folder.working():
         precision = folder.begin(plan, images)
         for member in plan.members:
