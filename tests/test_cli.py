@@ -208,7 +208,7 @@ def other_value(name):
     return default + 1 if isinstance(default, int) else default / 2 or 0.0625
 
 
-@pytest.mark.parametrize("name", FitConfig.model_fields)
+@pytest.mark.parametrize("name", sorted({*FitConfig.model_fields} - {"label_columns"}))  # which a table takes
 def test_every_field_of_the_configuration_is_an_option(tmp_path, asked, name):
     option, value = name.replace("_", "-"), other_value(name)
     words = [f"--{'' if value else 'no-'}{option}"]
@@ -640,6 +640,13 @@ def test_images_that_the_run_has_seen_are_pointed_out(fitted, tiny, tmp_path, ca
         path.rename(path.with_name(f"new{path.name}"))
     assert cli.run(["evaluate", str(fitted.run), str(tmp_path / "data"), "--group-pattern=^(.+)_"]) == 0
     assert "warning" not in words(capsys)[1]
+    # Other images, but of patients that it has seen.
+    assert cli.run(["evaluate", str(fitted.run), str(tmp_path / "data"), "--group-pattern=^new(.+)_"]) == 0
+    [line] = [line for line in words(capsys)[1].splitlines() if line.startswith("warning: ")]
+    trained_on = {row["group"] for row in rows if row["split"] != "test"}
+    count = sum(path.name[3:].partition("_")[0] in trained_on for path in (tmp_path / "data").glob("*/*.png"))
+    assert count > 0
+    assert f"{count} of these 8 images are of patients of whom" in line
 
 
 def test_of_a_source_with_test_images_only_those_are_evaluated(fitted, tiny, tmp_path, capsys):

@@ -139,6 +139,14 @@ def test_draws_that_lack_a_class_are_left_out_and_a_figure_that_is_not_defined_s
     assert np.isnan([one_class["auc"].value, one_class["auc"].low, one_class["auc"].high]).all()
 
 
+def test_of_one_patient_there_is_no_interval():
+    scores, labels = two_columns([0.2, 0.9, 0.4]), np.array([0, 1, 1])
+    for groups in (np.zeros(3), np.array(["a"] * 3)):
+        found = estimate({"accuracy": accuracy}, scores, labels, groups)["accuracy"]
+        assert found.value == pytest.approx(2 / 3)
+        assert np.isnan([found.low, found.high]).all()
+
+
 def test_no_images_are_an_error():
     with pytest.raises(DataError, match="choose a test share above 0"):
         estimate(metrics_for(2), np.zeros((0, 2)), np.zeros(0, int), np.zeros(0))

@@ -303,6 +303,7 @@ def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
     """Return the test images, where the source says which they are; warn of those that the run has seen."""
     from chanscale.data import read_training_names
     from chanscale.data.dicom import name_file
+    from chanscale.data.splits import read_training_groups
 
     test = images.on_side("test")
     if test is not None and len(test) < len(images):
@@ -315,6 +316,13 @@ def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
         complain(
             f"warning: {splits} names {count} of these {len(images)} images as train or validation; "
             "on images that it has seen, a model looks better than it is"
+        )
+    known = read_training_groups(splits) if splits.exists() else frozenset()
+    others = [record for record in images.records if name_file(record.name) not in seen]
+    if count := sum(record.has_patient and record.group in known for record in others):
+        complain(
+            f"warning: {count} of these {len(images)} images are of patients of whom {splits} names others as train or "
+            "validation; on patients that it has seen, a model looks better than it is"
         )
     return images
 

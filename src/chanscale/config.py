@@ -160,8 +160,9 @@ class FitConfig(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="Channels whose scale is at most this are removed. Default: 0 with the proximal penalty, so that "
-        "every removal is exact; 0.01 with the gradient, which never reaches 0.",
+        description="Channels whose scale is at most this are removed while the scales shrink, as far as the budget; "
+        "when they have shrunk, the smallest go, whatever is left of them. Default: 0 with the proximal penalty, so "
+        "that every removal is exact; 0.01 with the gradient, which never reaches 0.",
     )
     scale_epochs: int = Field(5, ge=1, description="Epochs in which the scales shrink to the budget.")
     refine_epochs: int = Field(5, ge=0, description="Epochs without the penalty, after the last removal.")

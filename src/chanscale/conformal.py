@@ -62,8 +62,9 @@ def find_prediction_sets(probabilities: Floats, labels: Ints, coverage: float) -
 
     The score of Sadinle et al. 2019 (LAC), 1 - the probability of the true class, with the quantile of finite samples
     (Angelopoulos & Bates 2021) for each class by itself (Mondrian; Vovk et al. 2005): one quantile for all would let
-    a rare class be missed often, as long as the common one makes up for it. `probabilities` (N, K), `labels` (N,).
-    Raises ConfigError where a class has too few images.
+    a rare class be missed often, as long as the common one makes up for it. The promise holds for images that are
+    independent, as those of one patient are not. `probabilities` (N, K), `labels` (N,). Raises ConfigError where a
+    class has too few images.
     """
     counts = np.bincount(labels, minlength=probabilities.shape[1]).tolist()
     require_enough(counts, coverage)

@@ -151,11 +151,12 @@ def estimate(
 
     Whole groups (patients) are drawn with replacement, since images of one patient are not independent.
     A draw that lacks a class is left out for the metrics it does not define; of several labels, one that lacks what
-    the images have, with or without one of them, is for their mean AUC.
+    the images have, with or without one of them, is for their mean AUC. Of one patient alone there is no interval.
     """
     if len(labels) == 0:
         raise DataError("there are no images to evaluate on; choose a test share above 0")
-    draws = list(resample(groups, resamples, np.random.default_rng(seed)))
+    several = len(np.unique(groups)) > 1
+    draws = list(resample(groups, resamples, np.random.default_rng(seed))) if several else []
     if labels.ndim == 2 and metrics.get("auc") is mean_auc:
         # A mean over fewer labels would be another quantity.
         metrics = {**metrics, "auc": partial(_mean_auc_of, _decided(labels))}

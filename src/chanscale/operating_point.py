@@ -72,8 +72,9 @@ def find_operating_point(probabilities: Floats, labels: Ints, sensitivity: float
     """Return the threshold that reaches `sensitivity` on validation images: a conservative order statistic.
 
     Of n positive images, the one of rank ceil(sensitivity (n + 1)) from the top, so that a new one reaches it with
-    that probability at least; where n is too small for that, the lowest. `probabilities` (N, 2), `labels` (N,).
-    Raises ConfigError without positive images, or for other than two classes.
+    that probability at least; where n is too small for that, the lowest. That holds for images that are independent,
+    as those of one patient are not. `probabilities` (N, 2), `labels` (N,). Raises ConfigError without positive images,
+    or for other than two classes.
     """
     positives = int((labels == 1).sum())
     require_positives(probabilities.shape[1], positives)

@@ -178,8 +178,10 @@ def open_unlabelled(paths: Sequence[Path], info: ModelInfo, *, frames: Frames | 
     Of DICOM files with several `frames`, the first is taken, or each, as one image; default: as in training.
     No class is known: the labels stand empty, and are not to be looked at.
     """
-    files = list(dict.fromkeys(file for path in paths for file in _find_images(path)))
-    records = (ImageRecord(str(file), label=0, group=str(file), path=file) for file in files)
+    files: dict[Path, Path] = {}
+    for file in (file for path in paths for file in _find_images(path)):
+        files.setdefault(file.absolute(), file)
+    records = (ImageRecord(str(file), label=0, group=str(file), path=file) for file in files.values())
     frames = info.choose_frames(frames)
     if frames == "all":
         records = (frame for record in records for frame in spread_frames(record))

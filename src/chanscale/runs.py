@@ -37,6 +37,8 @@ class RunFolder:
     def __init__(self, out: Path, config: FitConfig, *, resume: bool = False) -> None:
         self._resume = resume
         self.out = out if out.name else out.absolute()
+        if not self.out.name:
+            raise ArtifactError(f"{out} is no folder to make; choose one in it as --out")
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.config = config
         self._lock = FileLock(self.partial / ".lock", timeout=0)

@@ -137,6 +137,15 @@ def read_training_names(path: Path) -> frozenset[str]:
     return frozenset(name_file(name) for name, row in _read_rows(path).items() if row["split"] != "test")
 
 
+def read_training_groups(path: Path) -> frozenset[str]:
+    """Return the patients, where known, that a file of `write_splits` has as train or validation.
+
+    Raises ArtifactError.
+    """
+    rows = _read_rows(path).items()
+    return frozenset(row["group"] for name, row in rows if row["split"] != "test" and row["group"] != name)
+
+
 def _draw(
     images: ImageSet, pool: NDArray[np.intp], shares: dict[int, float], rng: np.random.Generator
 ) -> NDArray[np.intp]:
