@@ -13,6 +13,9 @@ from chanscale.progress import Watcher
 def train_best_layer(
     model: Classifier, data: DecodedImages, splits: Splits, config: FitConfig, watcher: Watcher
 ) -> Trained:
-    """Return `model`, as deep as `fit` uses it, with a linear head, and a row for each penalty tried."""
+    """Return `model`, as deep as `fit` uses it by default, with a linear head, and a row for each penalty tried.
+
+    Nothing is removed, but where the budget leaves little, `fit` ends the trunk earlier, and so does this.
+    """
     depth = choose_depth(model, data, splits, config.model_copy(update={"depth": "auto"}), watcher)
     return train_head(end_trunk(model, depth, data.batch(splits.train[:2])[0]), data, splits, config, watcher)
