@@ -1,14 +1,17 @@
 """Grey images seen once instead of three times: the same outputs."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from chanscale.artifact import load_model, save_model
 from chanscale.backbones import Preprocessing
-from chanscale.errors import ConfigError, ModelError
+from chanscale.errors import ConfigError, ModelError, UnreadableImageError
 from chanscale.folding import fold_grey
 from chanscale.pipeline import scale_and_select
+from chanscale.predictions import predict_images
 from networks import (
     build_classifier,
     describe,
@@ -83,6 +86,10 @@ def test_an_image_that_is_used_beside_the_first_convolution_is_refused():
         fold_grey(classifier(PREPROCESSINGS["shifted"], Beside()), GREY)
 
 
+def save(path, shape):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)).save(path)
+
+
 def test_a_folded_run_reloads(tmp_path):
     plain = scale_and_select(tiny_classifier().trunk, tiny_images().images, config=tiny_config())
     run = scale_and_select(
@@ -101,6 +108,14 @@ def test_a_folded_run_reloads(tmp_path):
         loaded, info = load_model(tmp_path / "run", trunk=tiny_classifier().trunk)
         assert torch.equal(loaded(x), run.model(x))
     assert info.preprocessing["folded"]
+    save(tmp_path / "grey.png", (32, 32))
+    save(tmp_path / "colour.png", (32, 32, 3))
+    with pytest.raises(
+        UnreadableImageError, match=r"colour\.png is in colour, and the model takes grey images"
+    ):
+        predict_images(loaded, info, [tmp_path / "grey.png", tmp_path / "colour.png"])
+    told = predict_images(loaded, info, [tmp_path / "colour.png", tmp_path / "grey.png"], skip_bad=True)
+    assert (len(told.names), len(told.skipped)) == (1, 1)
     layers = [layer for layer in loaded.trunk.modules() if isinstance(layer, nn.Conv2d)]
     kept = sum(layer.weight.numel() + layer.bias.numel() for layer in layers)
     assert run.metrics["parameters"]["kept"] == kept < plain.metrics["parameters"]["kept"]

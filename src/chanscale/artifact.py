@@ -89,6 +89,12 @@ class ModelInfo:
         """The columns of a table that hold the labels; None where an image has one class."""
         return self.classes if self.multilabel else None
 
+    @property
+    def most_channels(self) -> int | None:
+        """The channels that an image may have; None where it may be in colour as well as grey."""
+        grey_alone = self.preprocessing.get("folded") or len(self.preprocessing.get("mean", ())) == 1
+        return 1 if grey_alone else None
+
     def choose_frames(self, wanted: Frames | None) -> Frames:
         """Return which frames of a DICOM file to take: those `wanted`, or else those that it was trained on."""
         return wanted or self.frames or "first"

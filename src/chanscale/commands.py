@@ -116,6 +116,7 @@ def evaluate(
             images,
             image_size=info.image_size,
             space=info.space,
+            most_channels=info.most_channels,
             skip_bad=skip_bad,
             progress=steps_of(watcher, "decoding images"),
         )

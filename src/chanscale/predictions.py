@@ -157,8 +157,9 @@ def predict_images(
     """
     images = open_unlabelled(paths, info, frames=frames)
     data = decode_images(
-        images, image_size=info.image_size, space=info.space, skip_bad=skip_bad, progress=decoding
-    )
+        images, image_size=info.image_size, space=info.space, most_channels=info.most_channels, skip_bad=skip_bad,
+        progress=decoding,
+    )  # fmt: skip
     verdicts = None
     if detector is None:
         probabilities, _ = predict(model, data, range(len(data)), progress=predicting)

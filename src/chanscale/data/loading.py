@@ -144,6 +144,7 @@ def decode_images(
     *,
     image_size: int,
     space: VolumeSpace | None = None,
+    most_channels: int | None = None,
     workers: int = 2,
     cache_bytes: int | None = None,
     skip_bad: bool = False,
@@ -152,15 +153,17 @@ def decode_images(
     """Decode all images to squares of `image_size` pixels in `workers` threads, and keep them if they fit.
 
     Volumes are decoded to cubes, as `space` says; without it, they are refused, and with it, pictures (DataError).
-    `cache_bytes` is the memory for decoded pixels; by default a quarter of what is free. An unreadable image
-    raises UnreadableImageError; with `skip_bad` it is left out instead, and named in `images.skipped` of what
-    is returned. Images that do not fit are decoded when asked for; then they are read here only if `skip_bad`
-    needs it.
+    `cache_bytes` is the memory for decoded pixels; by default a quarter of what is free. An unreadable image, or one
+    of more than `most_channels`, raises UnreadableImageError; with `skip_bad` it is left out instead, and named in
+    `images.skipped` of what is returned. Images that do not fit are decoded when asked for; then they are read here
+    only if `skip_bad` needs it.
     """
     _require_kind(images, space)
     records = images.records
     with closing(_map_ahead(_count_channels, records, workers=workers)) as counts:
-        shape = (len(records), *shape_of(max(counts), image_size, space))
+        found = max(counts)
+    channels = found if most_channels is None else min(found, most_channels)
+    shape = (len(records), *shape_of(channels, image_size, space))
     fits = math.prod(shape) * np.dtype(np.uint16).itemsize <= _find_cache_bytes(cache_bytes)
     cache = np.empty(shape, dtype=np.uint16) if fits else None
     if fits or skip_bad:
@@ -253,6 +256,8 @@ def _read(record: ImageRecord, shape: tuple[int, ...], space: VolumeSpace | None
         pixels = read_image(source_of(record), size=shape[-1], name=name)
     else:
         pixels = read_volume(record.path, size=shape[-1], space=space, name=name)
+    if pixels.shape[0] > shape[0]:
+        raise UnreadableImageError(f"{name} is in colour, and the model takes grey images alone.")
     return np.broadcast_to(pixels, shape)
 
 
