@@ -143,6 +143,8 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert cache_folder() == tmp_path / ".cache" / "chanscale"
+    monkeypatch.setenv("CHANSCALE_HOME", "~no such user/cache")  # a folder by that name: no error of its own
+    assert cache_folder() == Path("~no such user/cache")
 
 
 def test_fetching_fills_the_cache_once(origin, home):

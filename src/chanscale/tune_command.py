@@ -35,7 +35,11 @@ def tune(
         Path, typer.Option("--out", metavar="FOLDER", help="Folder to make, or one that was begun.")
     ],
     trials: Annotated[
-        int, typer.Option(min=1, help="Fits, with those that are there; it may grow. The first is as given.")
+        int,
+        typer.Option(
+            min=1,
+            help="Fits, with those that are there; it may grow. The first is as given, to three digits.",
+        ),
     ] = 30,
     search: Annotated[
         str | None,

@@ -96,7 +96,7 @@ def weights_status() -> list[WeightsStatus]:
 def cache_folder() -> Path:
     """Return the folder of the cache, which need not exist."""
     if home := os.environ.get("CHANSCALE_HOME"):
-        return Path(home).expanduser()
+        return Path(os.path.expanduser(home))  # noqa: PTH111 - Path.expanduser raises where there is no such user
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "chanscale"
 
