@@ -23,7 +23,7 @@ from chanscale.depth import (
     choose_depth,
     cross_validate,
     end_trunk,
-    value,
+    worth,
 )
 from chanscale.errors import ArtifactError, ConfigError
 from chanscale.pipeline import scale_and_select
@@ -95,7 +95,7 @@ def test_a_place_counts_for_less_where_the_budget_leaves_too_little_of_what_lies
     found = choose(budget=budget, budget_of=of)
     assert list(found.aucs.values()) == aucs
     assert list(found.times.values()) == pytest.approx(times, abs=0.01)
-    values = [value(auc, more) for auc, more in zip(aucs, times, strict=True)]
+    values = [worth(auc, more) for auc, more in zip(aucs, times, strict=True)]
     assert found.layer == ("2", "5", None)[int(np.argmax(values))]
 
 
@@ -107,8 +107,8 @@ def test_with_the_same_reading_the_place_with_less_in_front_is_taken_where_littl
 
 
 def test_what_room_there_is_costs_nothing_and_each_doubling_beyond_the_same():
-    assert value(0.9, 1.0) == value(0.9, ROOM) == 0.9
-    assert value(0.9, 4 * ROOM) == pytest.approx(0.9 - 2 * PRICE)
+    assert worth(0.9, 1.0) == worth(0.9, ROOM) == 0.9
+    assert worth(0.9, 4 * ROOM) == pytest.approx(0.9 - 2 * PRICE)
 
 
 def test_a_depth_that_was_noted_before_places_were_measured_is_read():

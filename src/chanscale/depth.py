@@ -117,7 +117,7 @@ def choose_depth(
     names = [*(cut.layer for cut in cuts), END]
     fronts = [*(_cost_before(cut, cost) for cut in cuts), cost]
     times = [front.of(config.budget_of) / _limit(cost, config) for front in fronts]
-    best = int(np.nanargmax([value(auc, more) for auc, more in zip(aucs, times, strict=True)]))
+    best = int(np.nanargmax([worth(auc, more) for auc, more in zip(aucs, times, strict=True)]))
     told = [
         {names[i]: round(figures[i], digits) for i in np.flatnonzero(~np.isnan(aucs))}
         for figures, digits in ((aucs, 4), (times, 2))
@@ -127,7 +127,7 @@ def choose_depth(
     return Depth(cuts[best].layer, cuts[best].without, *told)
 
 
-def value(auc: float, times: float) -> float:
+def worth(auc: float, times: float) -> float:
     """Return what a place counts for where a head reads `auc`, with `times` in front of it what the budget leaves."""
     return auc - PRICE * max(0.0, math.log2(times / ROOM))
 

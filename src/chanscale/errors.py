@@ -117,7 +117,7 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, MOST, MOST
 def lacks_memory(error: BaseException) -> bool:
     """Tell whether an error says that the machine, or a device of it, has not enough memory.
 
-    PyTorch says so with a RuntimeError, of which but that of devices has a class of its own.
+    PyTorch says so with a RuntimeError; only that of a device has a class of its own.
     """
     said = str(error).lower()
     words = ("out of memory", "can't allocate memory", "not enough memory")
