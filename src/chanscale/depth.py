@@ -51,8 +51,8 @@ RARE = 20
 FOLDS, REPEATS = 5, 4
 
 ROOM, PRICE = 8, 0.02
-"""A place with up to `ROOM` times in front of it what the budget leaves counts for what a head reads there; for each
-time that it is twice that, `PRICE` less (docs/benchmarks/method.md)."""
+"""A place with up to `ROOM` times in front of it what the budget leaves counts for what a head reads there; each
+doubling beyond that costs `PRICE` (docs/benchmarks/method.md)."""
 
 END = "the end"
 """Stands for the trunk's own end where layers are named; no module can have this name."""
