@@ -573,6 +573,16 @@ def rows_that_keep(kept):
     return make_rows(results, [*kept])
 
 
+@pytest.mark.parametrize("folds", [1, 2, 3])
+def test_an_interval_of_two_cells_which_spans_nearly_everything_is_not_drawn(folds):
+    rows = make_rows([make_result(Cell("head", None, fold, 0)) for fold in range(folds)], ["head"])
+    [axes] = draw_accuracy_size(rows).axes
+    [[_, _, [arm]]] = [container.lines for container in axes.containers]
+    low, high = arm.get_segments()[0][:, 1]
+    wanted = (rows[0].auc.low, rows[0].auc.high) if folds > 2 else (rows[0].auc.value,) * 2
+    assert (low, high) == pytest.approx(wanted)
+
+
 def test_many_methods_look_different_and_a_line_joins_one_at_its_budgets():
     methods = [
         "head", "best-layer", "full", "last-block", "scratch", "scale", "bias", "random", "taylor", "magnitude",

@@ -105,9 +105,11 @@ def _stand_apart(places: Mapping[str, float]) -> dict[str, float]:
 
 def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], look: Look, *, line: bool) -> None:
     means = [row.auc.value for row in rows]
+    # That of two cells spans nearly everything, and would press all others flat.
+    drawn = [len(row.results) > 2 and not math.isnan(row.auc.low) for row in rows]
     arms = [
-        [0 if math.isnan(row.auc.low) else row.auc.value - row.auc.low for row in rows],
-        [0 if math.isnan(row.auc.high) else row.auc.high - row.auc.value for row in rows],
+        [row.auc.value - row.auc.low if shown else 0 for row, shown in zip(rows, drawn, strict=True)],
+        [row.auc.high - row.auc.value if shown else 0 for row, shown in zip(rows, drawn, strict=True)],
     ]
     axes.errorbar(
         places, means, arms, color=look[0], marker=look[1], markersize=7, capsize=3, linewidth=1.2,
