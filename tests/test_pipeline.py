@@ -374,7 +374,13 @@ def test_a_program_of_a_folded_network_refuses_colour_in_one_line(tmp_path, caps
     Image.new("RGB", (40, 40), (200, 10, 90)).save(tmp_path / "colour.png")
     assert cli.run(["predict", str(tmp_path / "run"), str(tmp_path / "colour.png")]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert line.startswith("error: this program takes images (N, 1, 32, 32). Got (1, 3, 32, 32)")
+    assert (
+        "colour.png is in colour, and the model takes grey images alone; make it grey. Or use skip_bad"
+        in line
+    )
+    program, _ = load_model(tmp_path / "run")
+    with pytest.raises(ModelError, match=r"takes images \(N, 1, 32, 32\)"):
+        program(torch.ones(1, 3, 32, 32))
 
 
 def test_a_program_that_was_made_for_grey_alone_still_loads(tmp_path):

@@ -257,7 +257,9 @@ def _read(record: ImageRecord, shape: tuple[int, ...], space: VolumeSpace | None
     else:
         pixels = read_volume(record.path, size=shape[-1], space=space, name=name)
     if pixels.shape[0] > shape[0]:
-        raise UnreadableImageError(f"{name} is in colour, and the model takes grey images alone.")
+        raise UnreadableImageError(
+            f"{name} is in colour, and the model takes grey images alone; make it grey."
+        )
     return np.broadcast_to(pixels, shape)
 
 
