@@ -311,16 +311,18 @@ def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
         complain(f"evaluating the {len(test)} of {len(images)} images that {images.source} has as test")
         images = test
     splits = (run_folder if run_folder.is_dir() else run_folder.parent) / "splits.csv"
-    seen = read_training_names(splits) if splits.exists() else frozenset()
+    seen, patients = (
+        read(splits) if splits.exists() else frozenset()
+        for read in (read_training_names, read_training_groups)
+    )
     count = sum(name_file(record.name) in seen for record in images.records)
     if count:
         complain(
             f"warning: {splits} names {count} of these {len(images)} images as train or validation; "
             "on images that it has seen, a model looks better than it is"
         )
-    known = read_training_groups(splits) if splits.exists() else frozenset()
     others = [record for record in images.records if name_file(record.name) not in seen]
-    if count := sum(record.has_patient and record.group in known for record in others):
+    if count := sum(record.has_patient and record.group in patients for record in others):
         complain(
             f"warning: {count} of these {len(images)} images are of patients of whom {splits} names others as train or "
             "validation; on patients that it has seen, a model looks better than it is"

@@ -8,8 +8,8 @@ from chanscale.comparison.folds import split_for_cell
 from chanscale.config import FitConfig, FixedPrecision
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
-from chanscale.errors import ConfigError
-from chanscale.files import read_json
+from chanscale.errors import ArtifactError, ConfigError
+from chanscale.working_folder import read_plan
 
 SEEDS = 2**32
 """How many seeds there are."""
@@ -94,7 +94,7 @@ def take(images: ImageSet, indices: Sequence[int]) -> ImageSet:
 def is_cross_folder(folder: Path) -> bool:
     """Tell whether a cross-validation was begun in `folder`: its plan lies there."""
     try:
-        noted = read_json(folder / PLAN)
-    except (OSError, ValueError):
+        read_plan(folder / PLAN, wanted=FORMAT)
+    except ArtifactError:
         return False
-    return isinstance(noted, dict) and noted.get("format") == FORMAT
+    return True
