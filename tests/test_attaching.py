@@ -103,6 +103,15 @@ def test_hooks_of_the_user_stay_and_run_before_the_scale():
     assert len(seen) == 2
 
 
+@torch.no_grad()
+def test_a_layer_with_a_hook_that_changes_its_output_keeps_its_scale_behind_it_when_merged():
+    model, x = plain_trunk(), images()
+    model[0].register_forward_hook(lambda _layer, _inputs, output: output.clamp(max=0.1))
+    scaled = attach(model)
+    set_scales(scaled)
+    torch.testing.assert_close(merge_scales(scaled)(x), scaled(x))
+
+
 class ShiftedNorm(nn.BatchNorm2d):
     """A norm of the user's own that does more than scale and shift."""
 

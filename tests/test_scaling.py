@@ -81,6 +81,33 @@ def test_layers_of_any_kind_have_the_gradients_of_plain_operations(name):
     require_gradients(layer, frozen(layer, relu=False), torch.randn(shape), relu=False)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution of the user's own, whose weights are standardised and whose input is padded as it is called."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, self.bias)
+
+
+def double_behind(conv):
+    conv.register_forward_hook(lambda _layer, _inputs, output: 2 * output.tanh())
+    return conv
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Standardised(1, 5, 2), lambda: double_behind(nn.Conv2d(1, 5, 2))], ids=["class", "hook"]
+)
+def test_a_first_layer_that_computes_more_than_a_convolution_has_the_gradients_of_plain_operations(make):
+    conv = make().double()
+    twin, x = frozen(conv), torch.randn(2, 1, 6, 7).double()  # without a gradient: the first layer of a network
+    scale = SCALES.double().requires_grad_()
+    plain = (conv(x) * scale.view(1, -1, 1, 1)).relu()
+    toward = torch.randn_like(plain)
+    (ours,) = torch.autograd.grad((twin(x) * toward).sum(), [twin.channel_scale.weight])
+    (wanted,) = torch.autograd.grad((plain * toward).sum(), [scale])
+    assert relative_difference(ours, wanted) < ROUNDING
+
+
 def test_one_image_without_a_batch_is_taken_too():
     conv = nn.Conv2d(3, 5, 3)
     twin, x = copy.deepcopy(conv), torch.randn(3, 6, 7, requires_grad=True)

@@ -14,6 +14,7 @@ from chanscale.modes import device_of
 from chanscale.scaling import (
     AbsorbedReLU,
     ChannelScale,
+    acts_alone,
     add_scale,
     drop_scale,
     ensure_affine,
@@ -52,8 +53,8 @@ def attach_scales(model: Model, groups: Sequence[ChannelGroup]) -> Model:
 def merge_scales(model: Model) -> Model:
     """Return a copy of `model` whose scales are folded into its convolutions or norms; they are plain again.
 
-    scale * (w * x + b) = (scale w) * x + scale b; exact but for rounding. A layer of a class of its own, which may
-    compute something else, keeps its scale behind it. Raises ModelError without scales.
+    scale * (w * x + b) = (scale w) * x + scale b; exact but for rounding. A layer of a class of its own, or with a hook
+    of its user's, which may compute something else, keeps its scale behind it. Raises ModelError without scales.
     """
     merged = copy.deepcopy(model)
     layers = [layer for layer in merged.modules() if scale_of(layer)]
@@ -62,7 +63,7 @@ def merge_scales(model: Model) -> Model:
     for module in merged.modules():
         thaw(module)
     for layer in layers:
-        if type(layer) in FOLDABLE:
+        if type(layer) in FOLDABLE and acts_alone(layer):
             _fold(layer)
     merged.__dict__.pop("_channel_groups", None)  # plain again
     return merged

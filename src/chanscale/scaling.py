@@ -96,10 +96,20 @@ class FrozenConv(_ConvNd):
 
 
 def _is_cheaper_made_anew(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> bool:
-    """Whether `layer` is the first of a network, whose maps are large, while it has next to nothing to compute."""
+    """Whether `layer` is the first of a network, whose maps are large, while it has next to nothing to compute.
+
+    Only if its convolution is all there is to make again: a class may pad, or standardise weights, in its `forward`.
+    """
     if not isinstance(layer, FrozenConv) or output.requires_grad:
         return False
+    if thawed_class(layer).forward not in _FORWARDS or not acts_alone(layer):
+        return False
     return len(inputs) == 1 and inputs[0].numel() < output.numel()  # none: it was given by name
+
+
+def acts_alone(layer: nn.Module) -> bool:
+    """Whether a layer with a scale is all that makes its output: no hook, and no `forward` of the object's own."""
+    return "forward" not in vars(layer) and [*layer._forward_hooks.values()] == [_apply_scale]
 
 
 class FrozenNorm(nn.Module):
@@ -163,6 +173,7 @@ def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 _CONV_FORWARDS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def ensure_affine(norm: nn.Module, like: Tensor) -> None:
