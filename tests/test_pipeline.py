@@ -99,6 +99,32 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
     assert not [name for name in names if name.startswith(".")]
 
 
+def test_epochs_are_kept_where_images_cannot_be_read_any_more(tmp_path, caplog):
+    """As when a share of files is away for a minute."""
+    images, away = tmp_path / "images", tmp_path / "away"
+    for index, record in enumerate(IMAGES.images.records):
+        folder = images / IMAGES.images.classes[record.label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(record.pixels).save(folder / f"{index}.png")
+
+    class GoesAway(Watcher):
+        def on_epoch(self, moment, row):  # noqa: ARG002
+            if moment.epoch == 1:
+                images.rename(away)
+
+    def fit(**options):
+        config = tiny_config(cache_gib=0.0)
+        return scale_and_select(
+            tiny_classifier().trunk, images, config=config, out=tmp_path / "run", **options
+        )
+
+    with pytest.raises(DataError):
+        fit(watcher=GoesAway())
+    assert "run.partial; go on with --resume" in caplog.text
+    away.rename(images)
+    assert len(fit(resume=True).history) == 4
+
+
 def test_a_folder_that_another_process_works_in_is_left_alone(tmp_path):
     config = tiny_config(backbone="Sequential")
     other = RunFolder(tmp_path / "run", config)

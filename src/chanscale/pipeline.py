@@ -23,7 +23,7 @@ from chanscale.data.splits import Splits, split_images
 from chanscale.decision_rules import require_support, settle_rules
 from chanscale.depth import Depth, choose_depth, end_trunk
 from chanscale.devices import join_team
-from chanscale.errors import ChanscaleError, ConfigError, LostProcessError, WeightsError
+from chanscale.errors import ChanscaleError, ConfigError, DataError, LostProcessError, WeightsError
 from chanscale.files import is_file
 from chanscale.folding import fold_grey
 from chanscale.leaks.search import leaks_of_fit
@@ -97,14 +97,26 @@ def scale_and_select(
             return _run(model, preprocessing, data, config, folder, watcher)
     except LostProcessError:
         raise
-    except ChanscaleError:
-        # Nothing half-written; but what an interrupted run had reached before this call is not thrown away.
-        if folder and not resume:
-            folder.discard()
+    except ChanscaleError as error:
+        if folder:
+            _leave(folder, error, resumed=resume)
         raise
     finally:
         if folder:
             folder.release()
+
+
+def _leave(folder: RunFolder, error: ChanscaleError, *, resumed: bool) -> None:
+    """Leave nothing half-written, but throw away nothing that would help: what an earlier call had reached stays.
+
+    So do the epochs of this call where images cannot be read, as when a share of files is away for a while.
+    """
+    if resumed:
+        return
+    if isinstance(error, DataError) and folder.has_epoch:
+        _log.warning("the epochs so far are kept in %s; go on with --resume", folder.partial)
+    else:
+        folder.discard()
 
 
 def _run(
