@@ -1,14 +1,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from chanscale.backbones import build_backbone
 from chanscale.channels import free_groups
 from chanscale.costs import TrunkCost, trunk_cost
+from chanscale.errors import BudgetError
 from chanscale.heads import PooledHead
+from chanscale.proof import channel_groups
 from chanscale.pruning import prune_channels
-from chanscale.selection import ChannelSelection
+from chanscale.selection import ChannelSelection, WidthRule, keep_within
 from networks import NETWORKS, attach, build, build_classifier, images, inputs, set_scales
 
 
@@ -95,3 +98,60 @@ def test_a_convolution_that_is_never_called_costs_nothing():
 
 def test_without_convolutions_there_is_no_cost():
     assert TrunkCost((), ()).of("parameters") == TrunkCost((), ()).of("macs") == 0
+
+
+class ReadsWeights(nn.Module):
+    """Uses weights in other ways than a call of their layer; `unused` is not used at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.read = nn.Conv2d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.GRU(8, 4, batch_first=True)
+        self.unused = nn.Linear(8, 100)
+
+    def forward(self, x):
+        x = F.conv2d(self.stem(x).relu(), self.read.weight, self.read.bias, padding=1)
+        rows = x.flatten(2).transpose(1, 2)
+        rows = rows + self.attention(rows, rows, rows)[0]
+        return self.recurrent(rows)[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_weights_that_are_used_without_a_call_of_their_layer_count_and_stay(frozen):
+    model = ReadsWeights().requires_grad_(not frozen)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    cost = trunk_cost(model, (), images())
+    assert cost.loose == {
+        "read.weight": 8 * 8 * 9, "attention.in_proj_weight": 24 * 8, "attention.out_proj.weight": 8 * 8,
+        "recurrent.weight_ih_l0": 12 * 8, "recurrent.weight_hh_l0": 12 * 4,
+    }  # fmt: skip
+    assert cost.parameters() == 8 * 3 * 9 + 8 + sum(cost.loose.values())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+class ReadsOther(nn.Module):
+    """A convolution that another module's forward computes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.other = nn.Conv2d(width, width, 3)
+
+    def forward(self, x):
+        return F.conv2d(x, self.other.weight)
+
+
+def test_what_cannot_go_bounds_the_budget():
+    model = build_classifier(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), ReadsOther(16), nn.Conv2d(16, 8, 3))
+    )
+    example = images()
+    cost = trunk_cost(model, channel_groups(model, example), example)
+    assert cost.loose == {"trunk.2.other.weight": 16 * 16 * 9}
+    whole = 3 * 16 * 9 + 16 + 16 * 16 * 9 + 16 * 8 * 9 + 8
+    assert cost.parameters() == whole
+    importance = {name: torch.ones(width) for name, width in cost.widths.items()}
+    limit = cost.limit("parameters", 0.9)
+    with pytest.raises(BudgetError, match="hold"):
+        keep_within(importance, cost=cost, of="parameters", limit=limit, rule=WidthRule())

@@ -85,7 +85,9 @@ class Standardised(nn.Conv2d):
     """A convolution of the user's own, whose weights are standardised and whose input is padded as it is called."""
 
     def forward(self, x):
-        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std(
+            (1, 2, 3), keepdim=True
+        )
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, self.bias)
 
 
@@ -99,7 +101,10 @@ def double_behind(conv):
 )
 def test_a_first_layer_that_computes_more_than_a_convolution_has_the_gradients_of_plain_operations(make):
     conv = make().double()
-    twin, x = frozen(conv), torch.randn(2, 1, 6, 7).double()  # without a gradient: the first layer of a network
+    twin, x = (
+        frozen(conv),
+        torch.randn(2, 1, 6, 7).double(),
+    )  # without a gradient: the first layer of a network
     scale = SCALES.double().requires_grad_()
     plain = (conv(x) * scale.view(1, -1, 1, 1)).relu()
     toward = torch.randn_like(plain)

@@ -1,7 +1,7 @@
 """What channels cost: parameters and multiply-accumulates of the weights that they are joined by."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from chanscale.channels import ChannelGroup, Kept, removed_positions, shrink_groups
 from chanscale.classifier import NOTHING, Classifier, LeftOut
 from chanscale.heads import PooledHead
+from chanscale.loose_weights import loose_weights
 from chanscale.modes import device_of, hooked, in_eval
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
@@ -38,17 +39,21 @@ class LayerCost:
 class TrunkCost:
     """The convolutions and linear layers of a network in front of its head, and the groups of its channels.
 
-    `left_out`: what the pretrained trunk had behind them.
+    `left_out`: what the pretrained trunk had behind them. `loose`: the sizes of weights that are used otherwise, by
+    name; they stay, and their MACs are not known.
     """
 
     layers: tuple[LayerCost, ...]
     groups: tuple[ChannelGroup, ...]
     left_out: LeftOut = NOTHING
+    loose: Mapping[str, int] = field(default_factory=dict)
 
     def parameters(self, kept: Kept | None = None) -> int:
         """Weights and biases when only the channels `kept` stay; a group not named there is whole."""
         outputs, inputs = self._count(kept or {})
-        return int((outputs * (inputs * self._of("taps") + self._of("bias"))).sum())
+        return int((outputs * (inputs * self._of("taps") + self._of("bias"))).sum()) + sum(
+            self.loose.values()
+        )
 
     def macs(self, kept: Kept | None = None) -> int:
         """Multiply-accumulates for one image when only the channels `kept` stay."""
@@ -160,10 +165,12 @@ def trunk_cost(model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor
         if isinstance(module, (_ConvNd, nn.Linear)) and module not in heads
     }
     places = count_positions(model, layers, example)
-    # One that is never called costs nothing.
-    costs = (_cost(name, layer, places[name]) for name, layer in layers.items() if name in places)
+    # One that is never called costs nothing, unless its weight is used all the same.
+    costs = [_cost(name, layer, places[name]) for name, layer in layers.items() if name in places]
+    named = [name for name, module in model.named_modules() if module in heads]
+    loose = loose_weights(model, [*(cost.name for cost in costs), *named], example)
     left_out = model.left_out if isinstance(model, Classifier) else NOTHING
-    return TrunkCost(tuple(costs), tuple(groups), left_out)
+    return TrunkCost(tuple(costs), tuple(groups), left_out, loose)
 
 
 def _cost(name: str, layer: nn.Module, places: int) -> LayerCost:

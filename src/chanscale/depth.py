@@ -216,7 +216,11 @@ def _limit(cost: TrunkCost, config: FitConfig) -> float:
 
 def _cost_before(cut: Cut, cost: TrunkCost) -> TrunkCost:
     gone = tuple(f"trunk.{name}." for name in cut.without)
-    return TrunkCost(tuple(layer for layer in cost.layers if not f"{layer.name}.".startswith(gone)), ())
+    return TrunkCost(
+        tuple(layer for layer in cost.layers if not f"{layer.name}.".startswith(gone)),
+        (),
+        loose={name: size for name, size in cost.loose.items() if not name.startswith(gone)},
+    )
 
 
 def _find_named(layer: str, cuts: Sequence[Cut]) -> Depth:

@@ -16,7 +16,7 @@ from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.devices import make_fabric
 from chanscale.epochs import EpochRunner
-from chanscale.errors import TrainingError
+from chanscale.errors import TrainingError, clip
 from chanscale.group_scales import GroupScales
 from chanscale.heads import PooledHead
 from chanscale.probe import fit_probe
@@ -57,6 +57,12 @@ def fit(
     state = state or start(model, data, splits, config)
     groups = channel_groups(model, data.batch(splits.train[:2])[0])
     cost = trunk_cost(model, groups, data.batch(splits.train[:1])[0])
+    if cost.loose:
+        _log.warning(
+            "%s of %s parameters are used otherwise than by a call of a convolution or linear layer (%s): none of them "
+            "can be removed, and their MACs are not counted",
+            f"{sum(cost.loose.values()):,}", f"{cost.parameters():,}", clip(", ".join(cost.loose)),
+        )  # fmt: skip
     rule = width_rule(model, groups, config)
     penalty = BudgetPenalty(cost, rule, config)
     runner = EpochRunner(
