@@ -2,13 +2,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from chanscale.channels import ChannelGroup, Slot
-from chanscale.costs import LayerCost, TrunkCost
+from chanscale.costs import LayerCost, TrunkCost, trunk_cost
 from chanscale.errors import BudgetError, EmptySelectionError, ModelError
 from chanscale.group_scales import scale_parameters
+from chanscale.proof import channel_groups, remove_coupled
 from chanscale.selection import WidthRule, keep_above, keep_within, select_channels
-from networks import attach, know_groups, plain_trunk
+from networks import attach, images, know_groups, plain_trunk
 
 
 def chain_cost(widths):
@@ -105,6 +107,40 @@ def test_a_rule_gives_the_least_allowed_width_that_is_enough(wanted, width, mini
 def test_a_rule_counts_the_channels_of_a_layer(size, widths):
     rule = WidthRule(minimum=4, round_to=16, sizes={"a": size})
     assert [rule.apply("a", wanted, 64) for wanted in (1, 9, 17, 64)] == widths
+
+
+class PartlyAdded(nn.Module):
+    """Two maps side by side, and what is added to both: one group, of which two layers hold a half each."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.both, self.out = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.a(x), self.b(x)], 1)
+        return self.out((x + self.both(x)).relu())
+
+
+@pytest.mark.parametrize("minimum", [1, 3])
+def test_no_layer_that_holds_a_part_of_a_group_is_emptied(minimum):
+    model, x = PartlyAdded().eval(), images()
+    groups = channel_groups(model, x)
+    (group,) = [group for group in groups if group.width == 16]
+    importance = {group.name: torch.linspace(1, 2, 16)}  # all of `a` would go first
+    rule, cost = WidthRule(minimum=minimum), trunk_cost(model, groups, x)
+    half = cost.limit("parameters", 0.6)
+    selections = [
+        keep_within(importance, cost=cost, of="parameters", limit=half, rule=rule)[0],
+        keep_above(importance, threshold=1.9, rule=rule, groups=groups),
+    ]
+    for selection in selections:
+        kept = selection.kept[group.name]
+        assert (kept < 8).sum() == minimum
+        assert cost.parameters({group.name: kept}) <= half
+        pruned = remove_coupled(model, groups, selection.kept)
+        assert pruned.a.out_channels == minimum
+        assert torch.isfinite(pruned(x)).all()
 
 
 def is_kept(values, kept):

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Self, TypeVar
 
 from torch import Tensor, nn
@@ -72,6 +73,12 @@ class ChannelGroup:
     def size(self) -> int:
         """How many channels of the layer `name` one channel of the group is: more than one for grouped convolutions."""
         return next(len(slot.positions) // self.width for slot in self.outputs if slot.layer == self.name)
+
+    @cached_property
+    def parts(self) -> tuple[frozenset[int], ...]:
+        """The channels that a layer holds, for each that holds some of them and not all, as in a concatenation."""
+        held = dict.fromkeys(frozenset(slot.channels) for _, slot in self.slots())
+        return tuple(part for part in held if len(part) < self.width)
 
     def slots(self) -> Iterator[tuple[Axis, Slot]]:
         """Yield every slot with its axis."""

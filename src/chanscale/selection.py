@@ -1,13 +1,14 @@
 """Which channels stay: by a threshold on the scales, or the best that fit a budget."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from math import gcd
 
 import torch
 from torch import Tensor, nn
 
-from chanscale.channels import Kept
+from chanscale.channels import ChannelGroup, Kept, free_groups
 from chanscale.costs import TrunkCost
 from chanscale.errors import BudgetError, EmptySelectionError
 from chanscale.group_scales import GroupScales
@@ -35,6 +36,7 @@ class WidthRule:
     Groups named in `unrounded` are only held to the minimum. Kernels of a CPU work on blocks of channels
     (16 fp32 values fill one AVX-512 register), so that a width in between costs as much as the next multiple.
     `sizes`: how many channels of a layer one of a group is, where it is not 1; the layer's are what the rule is for.
+    A layer that holds a part of a group keeps the minimum of that part, by which the group may come to a few more.
     """
 
     minimum: int = 1
@@ -44,14 +46,20 @@ class WidthRule:
 
     def apply(self, name: str, wanted: int, width: int) -> int:
         """Return the width that `wanted` channels out of `width` lead to."""
-        size = self.sizes.get(name, 1)
-        multiple = 1 if name in self.unrounded else self.round_to // gcd(self.round_to, size)
-        rounded = -(-max(wanted, -(-self.minimum // size), 1) // multiple) * multiple
+        multiple = 1 if name in self.unrounded else self.round_to // gcd(self.round_to, self._size(name))
+        rounded = -(-max(wanted, self.least(name)) // multiple) * multiple
         return min(rounded, width)
+
+    def least(self, name: str) -> int:
+        """Return how many channels of a group the minimum is."""
+        return max(-(-self.minimum // self._size(name)), 1)
 
     def floor(self, name: str, width: int) -> int:
         """Return the least width that a group of `width` channels can come to."""
         return self.apply(name, 1, width)
+
+    def _size(self, name: str) -> int:
+        return self.sizes.get(name, 1)
 
 
 def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | None = None) -> ChannelSelection:
@@ -66,7 +74,9 @@ def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | Non
                 f"threshold={threshold:g} removes all {len(values)} channels of {name!r}; "
                 f"the largest scale is {values.max():.2g}. Use a threshold below it"
             )
-    selection = keep_above(importance, threshold=threshold, rule=rule or WidthRule())
+    selection = keep_above(
+        importance, threshold=threshold, rule=rule or WidthRule(), groups=free_groups(model)
+    )
     if selection.widths == {name: len(values) for name, values in importance.items()}:
         smallest = min(float(values.min()) for values in importance.values())
         raise EmptySelectionError(
@@ -76,10 +86,20 @@ def select_channels(model: nn.Module, *, threshold: float, rule: WidthRule | Non
     return selection
 
 
-def keep_above(importance: Mapping[str, Tensor], *, threshold: float, rule: WidthRule) -> ChannelSelection:
-    """Keep each group's channels above `threshold`, and the next best ones until its width obeys the rule."""
+def keep_above(
+    importance: Mapping[str, Tensor],
+    *,
+    threshold: float,
+    rule: WidthRule,
+    groups: Iterable[ChannelGroup] = (),
+) -> ChannelSelection:
+    """Keep each group's channels above `threshold`, and the next best ones until its width obeys the rule.
+
+    `groups`: those of the network, where a layer may hold a part of one.
+    """
     wanted = {name: int((values > threshold).sum()) for name, values in importance.items()}
-    return _take(by_size(importance), _apply(rule, wanted, importance))
+    largest = by_size(importance)
+    return _take(largest, _apply(rule, wanted, importance), spare(largest, groups, rule))
 
 
 def keep_within(
@@ -96,13 +116,14 @@ def keep_within(
     order = values.argsort(stable=True)
     group_of = torch.cat([torch.full((len(importance[name]),), i) for i, name in enumerate(names)])[order]
     largest = by_size(importance)
+    spared = spare(largest, cost.groups, rule)
 
     def widths_after(removed: int) -> dict[str, int]:
         gone = torch.bincount(group_of[:removed], minlength=len(names)).tolist()
         return _apply(rule, {n: len(importance[n]) - g for n, g in zip(names, gone, strict=True)}, importance)
 
     def cost_after(removed: int) -> int:
-        return cost.of(of, {name: largest[name][:width] for name, width in widths_after(removed).items()})
+        return cost.of(of, _keep(largest, widths_after(removed), spared))
 
     low, high = 0, len(order)
     if cost_after(high) > limit:
@@ -114,7 +135,23 @@ def keep_within(
         middle = (low + high) // 2
         low, high = (low, middle) if cost_after(middle) <= limit else (middle + 1, high)
     last = float(values[order[low - 1]]) if low else 0.0
-    return _take(largest, widths_after(low)), last
+    return _take(largest, widths_after(low), spared), last
+
+
+def spare(
+    largest: Mapping[str, Tensor], groups: Iterable[ChannelGroup], rule: WidthRule
+) -> dict[str, Tensor]:
+    """Return the channels that stay in any case where layers hold parts of a group, the best of each part.
+
+    Else all of a part could go, and the layer with it. `largest`: as `by_size` returns them.
+    """
+    spared = {}
+    for group in groups:
+        if group.name in largest and group.parts:
+            order, least = largest[group.name].tolist(), rule.least(group.name)
+            best = [[channel for channel in order if channel in part][:least] for part in group.parts]
+            spared[group.name] = torch.tensor(sorted({*chain(*best)}))
+    return spared
 
 
 def _apply(rule: WidthRule, wanted: Widths, importance: Mapping[str, Tensor]) -> dict[str, int]:
@@ -127,5 +164,11 @@ def by_size(importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.cpu().argsort(descending=True, stable=True) for name, values in importance.items()}
 
 
-def _take(largest: Mapping[str, Tensor], widths: Widths) -> ChannelSelection:
-    return ChannelSelection({name: order[: widths[name]].sort().values for name, order in largest.items()})
+def _keep(largest: Mapping[str, Tensor], widths: Widths, spared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    best = {name: order[: widths[name]] for name, order in largest.items()}
+    return best | {name: torch.cat([best[name], channels]).unique() for name, channels in spared.items()}
+
+
+def _take(largest: Mapping[str, Tensor], widths: Widths, spared: Mapping[str, Tensor]) -> ChannelSelection:
+    kept = _keep(largest, widths, spared)
+    return ChannelSelection({name: indices.sort().values for name, indices in kept.items()})

@@ -26,7 +26,7 @@ from chanscale.config import FitConfig, Weighting
 from chanscale.costs import TrunkCost
 from chanscale.errors import BudgetError
 from chanscale.group_scales import GroupScales
-from chanscale.selection import ChannelSelection, WidthRule, by_size, keep_above, keep_within
+from chanscale.selection import ChannelSelection, WidthRule, by_size, keep_above, keep_within, spare
 
 TINY = 1e-12
 
@@ -111,7 +111,9 @@ class BudgetPenalty:
 
     def select_reached(self, scales: GroupScales, budget: float) -> ChannelSelection:
         """Select the channels above the threshold, but do not go further than the budget."""
-        selection = keep_above(scales.norms(), threshold=self.config.cut, rule=self.rule)
+        selection = keep_above(
+            scales.norms(), threshold=self.config.cut, rule=self.rule, groups=self.cost.groups
+        )
         if self.cost.of(self.config.budget_of, selection.kept) > self._limit(budget):
             return selection
         return self.select_within(scales, budget)[0]
@@ -152,8 +154,11 @@ class BudgetPenalty:
         Pressed on, they would come to next to nothing and stay, and a layer of such channels lets no signal through.
         """
         held = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in importance.items()}
-        for name, order in by_size(importance).items():
-            held[name][order[: self.rule.floor(name, len(order))].to(held[name].device)] = True
+        largest = by_size(importance)
+        spared = spare(largest, self.cost.groups, self.rule)
+        for name, order in largest.items():
+            stay = torch.cat([order[: self.rule.floor(name, len(order))], spared.get(name, order[:0])])
+            held[name][stay.to(held[name].device)] = True
         return {name: held[name] & (values <= pivot) for name, values in importance.items()}
 
     def _weigh(self, scales: GroupScales) -> dict[str, Tensor | float]:
