@@ -19,6 +19,7 @@ from chanscale.selection import ChannelSelection
 from chanscale.shrinking import BudgetPenalty, Pace
 from chanscale.state import Best, TrainingState, make_optimizer
 from chanscale.team import require_same
+from chanscale.training_mode import train_frozen
 
 
 class EpochRunner(Learner):
@@ -57,7 +58,7 @@ class EpochRunner(Learner):
         _, optimizer = self.fabric.setup(state.model, state.optimizer)
         scales = GroupScales(state.model)
         self.penalty.follow(state.kept)
-        state.model.train()
+        train_frozen(state.model)
         losses, step = [], 0.0
         for done, batch in enumerate(self.start_epoch(moment.epoch)):
             self._set_learning_rates(state, scales, moment, done)

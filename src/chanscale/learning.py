@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from chanscale.classifier import Classifier, class_weights, classification_loss, probabilities
 from chanscale.config import FitConfig
@@ -21,6 +21,7 @@ from chanscale.modes import device_of
 from chanscale.probe import set_head_statistics
 from chanscale.progress import Watcher
 from chanscale.team import Portion, merge_parts, own_parts, share_gradients, sum_gradients
+from chanscale.training_mode import repeatable, seed_generators
 
 FULL_EPOCH = 20
 """Fewer batches than this leave an epoch too short to learn in; images are then taken repeatedly."""
@@ -56,7 +57,7 @@ class Learner:
 
     def start_epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the training batches of `epoch`; layers that draw at random draw what that epoch would draw."""
-        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1)[0]))
+        seed_generators(int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1)[0]))
         return self.train.epoch(epoch)
 
     def backward(self, model: Classifier, batch: Batch, epoch: int, done: int) -> float:
@@ -71,7 +72,12 @@ class Learner:
             parts = images.split(self.config.micro_batch)
             own = self._read(model, own_parts(parts))
             loss = classification_loss(model.head(merge_parts(own, parts)), labels, self.weights).mean()
-        self.fabric.backward(loss)
+        try:
+            self.fabric.backward(loss)
+        except CheckpointError as error:
+            raise TrainingError(
+                "the network computes something else when it is called again; use --recompute 0"
+            ) from error
         self._merge_gradients(model)
         total = float(loss.detach())
         if not math.isfinite(total):
@@ -93,7 +99,7 @@ class Learner:
 
         wanted = round(self.recompute * len(parts)) if computes_alike_again(model) else 0
         forgotten = max(0, min(wanted, len(parts) - 1))
-        first = [checkpoint(read, part, use_reentrant=False) for part in parts[:forgotten]]
+        first = [checkpoint(repeatable(read), part, use_reentrant=False) for part in parts[:forgotten]]
         return [*first, *(read(part) for part in parts[forgotten:])]
 
     def _merge_gradients(self, model: Classifier) -> None:

@@ -47,6 +47,7 @@ from chanscale.speed.settling import adopt, recall_speed, settle_speed
 from chanscale.state import Best, TrainingState
 from chanscale.team import agree, alone, is_main, wait_for_all
 from chanscale.training import fit, start
+from chanscale.training_mode import require_same_layers
 
 RARE = 5
 """How many times more images the commonest class has, from which on that is worth a word."""
@@ -317,6 +318,7 @@ def open_classifier(
         multilabel=images.images.is_multilabel,
     )  # fmt: skip
     classifier = to_channels_last(whole)
+    require_same_layers(classifier, example)
     watcher.on_step("finding channel groups", 0, 1)
     groups = channel_groups(classifier, example)
     watcher.on_step("finding channel groups", 1, 1)

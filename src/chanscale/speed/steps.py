@@ -18,6 +18,7 @@ from chanscale.modes import threads_given_back
 from chanscale.proof import channel_groups
 from chanscale.speed.choice import Choice
 from chanscale.state import make_optimizer
+from chanscale.training_mode import train_frozen
 
 DRAWN = 2
 """Batches in a draw: fewer show the start of the threads more than their work."""
@@ -75,7 +76,7 @@ class TrainingStep:
             scaled = lay_out(attach_scales(self._model, self._groups), channels_last=channels_last).to(device)
             # As of a head that has learnt: one of zeros would send nothing back.
             nn.init.constant_(scaled.head.linear.weight, 1 / scaled.head.linear.in_features)
-            self._networks[channels_last] = scaled.train(), make_optimizer(scaled, self._config)
+            self._networks[channels_last] = train_frozen(scaled), make_optimizer(scaled, self._config)
         return self._networks[channels_last]
 
 
