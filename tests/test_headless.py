@@ -333,3 +333,11 @@ def test_a_head_alone_is_an_error():
 def test_a_layer_that_is_not_there_cannot_be_taken_off():
     with pytest.raises(ModelError, match="Residual has no layer 'classifier' that could be taken off"):
         without_layer(Residual(), "classifier")
+
+
+def test_a_weight_norm_of_the_old_kind_is_told_with_what_to_do():
+    with pytest.warns(FutureWarning):
+        network = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 8, 3)))
+    network(torch.rand(1, 3, 8, 8))  # its weight is now made of others, and such a tensor cannot be copied
+    with pytest.raises(ModelError, match=r"cannot be copied: .*; call torch\.nn\.utils\.remove_weight_norm"):
+        remove_head(network, torch.rand(1, 3, 8, 8))

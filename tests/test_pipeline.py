@@ -27,6 +27,7 @@ from chanscale.errors import (
     SplitError,
 )
 from chanscale.evaluation import evaluate
+from chanscale.originals import open_original
 from chanscale.pipeline import scale_and_select
 from chanscale.programs import load_program, save_program
 from chanscale.progress import Watcher
@@ -150,6 +151,22 @@ def test_a_run_does_not_go_on_from_what_another_began_meanwhile(tmp_path):
 def test_label_columns_are_for_a_table(tmp_path):
     with pytest.raises(ConfigError, match="`label_columns` is for a CSV table"):
         scale_and_select("vgg16", tmp_path, config=tiny_config(label_columns="a,b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.jit.script, "a TorchScript network cannot be scaled; pass the nn.Module that it was made of"),
+        (nn.Module.double, r"Sequential has weights of torch\.float64; pass it as fp32, `net\.float\(\)`"),
+        (nn.Module.bfloat16, r"has weights of torch\.bfloat16"),
+    ],
+    ids=["script", "fp64", "bf16"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_network_that_is_compiled_or_not_in_fp32_is_refused_in_one_line(change, words):
+    network = change(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    with pytest.raises(ModelError, match=words):
+        open_original(network, torch.rand(2, 1, 16, 16))
 
 
 class Dictionary(nn.Module):

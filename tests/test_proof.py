@@ -18,7 +18,7 @@ from chanscale.errors import UnsupportedTopologyError
 from chanscale.inspection import inspect_network
 from chanscale.proof import channel_groups, halve, remove_coupled, run_masked
 from chanscale.pruning import ROUNDING, relative_change
-from networks import same_tensors
+from networks import build_classifier, same_tensors
 
 NETWORKS = {
     name: network for name, network in own_networks().items() if name not in ("VGG16", "EfficientNet-Lite0")
@@ -210,6 +210,55 @@ def test_a_removal_that_is_even_by_chance_proves_nothing():
         group for group in channel_groups(Chunked().eval(), torch.rand(2, 3, 9, 9)) if group.name == "stem"
     ]
     assert stem.protected
+
+
+class EveryOther(nn.Module):
+    """Two strided slices of one map, of a width at which half of the channels at random can alternate."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.even, self.odd = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 5, 3), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return (self.even(x[:, ::2]) + self.odd(x[:, 1::2])).mean((2, 3))
+
+
+def test_every_other_channel_is_no_slice_that_stays_when_some_go():
+    [stem] = [
+        group for group in channel_groups(EveryOther().eval(), torch.rand(2, 3, 9, 9)) if group.name == "stem"
+    ]
+    assert stem.protected
+
+
+@pytest.mark.parametrize("norm", [nn.LocalResponseNorm, nn.CrossMapLRN2d])
+def test_a_norm_across_neighbouring_channels_is_found_however_little_it_does(norm):
+    """Three layers on, on faint images, its effect is below what passes for rounding."""
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), norm(5), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)
+    )
+    model, faint = build_classifier(trunk).eval(), 0.01 * torch.rand(2, 3, 9, 9)
+    groups = channel_groups(model, faint)
+    [first] = [group for group in groups if group.name == "trunk.0"]
+    assert "removal changes the output" in first.protected
+    assert not all(group.protected for group in groups)
+
+
+def test_layers_that_torch_pruning_does_not_know_are_one_line():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.rows, self.end = (
+                nn.Conv2d(3, 8, 3),
+                nn.GRU(8, 16, batch_first=True),
+                nn.Linear(16, 4),
+            )
+
+        def forward(self, x):
+            return self.end(self.rows(self.body(x).mean(3).transpose(1, 2))[0][:, -1])
+
+    with pytest.raises(UnsupportedTopologyError, match="Recurrent cannot be traced: "):
+        channel_groups(Recurrent(), torch.rand(2, 3, 9, 9))
 
 
 class Peeking(nn.Module):

@@ -196,3 +196,23 @@ def test_a_budget_too_high_names_the_smallest_network_and_the_ways_out():
     words = f"at most 10 parameters .* hold {smallest}. Lower the budget, min_channels or round_to"
     with pytest.raises(BudgetError, match=words):
         keep_within(importance, cost=cost, of="parameters", limit=10, rule=WidthRule(minimum=2))
+
+
+def test_a_budget_that_no_width_can_meet_names_what_cannot_go():
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 32, 3), nn.GroupNorm(2, 32)),
+        images(),
+    )
+    cost = trunk_cost(model, channel_groups(model, x), x)
+    importance = {name: torch.ones(width) for name, width in cost.widths.items()}
+    words = (
+        r"one channel in each layer that can lose any would hold .* \(2: .*\)\. Lower the budget to (0\.\d+)$"
+    )
+    with pytest.raises(BudgetError, match=words) as raised:
+        keep_within(
+            importance, cost=cost, of="parameters", limit=cost.limit("parameters", 0.99), rule=WidthRule()
+        )
+    budget = float(str(raised.value).rpartition(" ")[2])
+    keep_within(
+        importance, cost=cost, of="parameters", limit=cost.limit("parameters", budget), rule=WidthRule()
+    )

@@ -299,6 +299,12 @@ def test_where_rounding_leaves_little_to_select_it_is_said_what_leaves_more(capl
     assert "--round-to 4 leaves little to select" in hear(0.3, 4, tolerance=0.49)
 
 
+def test_more_than_was_asked_for_is_said(caplog):
+    fit(tiny_classifier(), DATA, SPLITS, tiny_config(budget=0.35, round_to=8, round_last=True))
+    assert re.search(r"[4-9]\d\.\d % of the parameters went, where 35\.0 % was asked for", caplog.text)
+    assert "a smaller --round-to may come nearer" in caplog.text
+
+
 @pytest.mark.parametrize("options", [{"budget": 0.9999}, {"min_channels": 8}, {"round_to": 16}], ids=str)
 def test_an_impossible_budget_is_an_error_before_any_epoch(options):
     states = []

@@ -122,7 +122,10 @@ class FitConfig(BaseModel):
 
     # --- what is to be left
     budget: float = Field(
-        0.95, gt=0, lt=1, description="Share of the trunk's parameters (or MACs) to remove; met exactly."
+        0.95,
+        gt=0,
+        lt=1,
+        description="Share of the trunk's parameters (or MACs) to remove, or more: up to the next width that may be.",
     )
     budget_of: CostKind = Field("parameters", description="What the budget counts.")
     tolerance: float | None = Field(

@@ -60,8 +60,14 @@ def _find_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
             warnings.simplefilter("ignore")
             found = list(trace.graph.get_all_groups(root_module_types=[_ConvNd]))
         return [_describe(group, trace) for group in found]
+    except Exception as error:  # whatever Torch-Pruning makes of layers that it does not know
+        raise _untraced(model, error) from error
     finally:
         _take_apart(trace.graph)
+
+
+def _untraced(model: nn.Module, error: Exception) -> UnsupportedTopologyError:
+    return UnsupportedTopologyError(f"{type(model).__name__} cannot be traced: {one_line(error)[:200]}")
 
 
 def _take_apart(graph: Any) -> None:
@@ -108,8 +114,7 @@ def _trace(model: nn.Module, example: Tensor) -> _Trace:
                 twin, example.clone().to(device_of(model)), forward_fn=lambda net, x: net(x), verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever the model's forward raises, or what Torch-Pruning makes of it
-        reason = one_line(error)[:200]
-        raise UnsupportedTopologyError(f"{type(model).__name__} cannot be traced: {reason}") from error
+        raise _untraced(model, error) from error
     count = Counter(relu for relu, _ in calls)
     relus = {input_of: relu for relu, input_of in calls if count[relu] == 1}
     return _Trace(graph, _name_layers(twin), relus)

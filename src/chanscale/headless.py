@@ -142,7 +142,12 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:  # whatever a module of the user's does not let be copied
-        raise ModelError(f"{_kind(model)} cannot be copied: {_brief(error)}") from error
+        advice = (
+            "; call torch.nn.utils.remove_weight_norm on its layers first, or use torch.nn.utils.parametrizations"
+            if any(name == "weight_g" for module in model.modules() for name in module._parameters)
+            else ""
+        )
+        raise ModelError(f"{_kind(model)} cannot be copied: {_brief(error)}{advice}") from error
 
 
 def _run(net: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, _Last | None]:

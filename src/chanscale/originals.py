@@ -62,6 +62,7 @@ def open_original(
         network.check_head(headless.head)
         name, whole, can_be_rebuilt = network.name, network.model, network.can_be_rebuilt
     else:
+        _require_plain(model)
         require_dimensions(model, images)
         preprocessing = preprocessing or _leave_as_it_is(model, images)
         headless = remove_head(model, preprocessing(images).to(device_of(model)))
@@ -69,6 +70,16 @@ def open_original(
         name, whole, can_be_rebuilt = type(model).__name__, model, False
     full = sum(parameter.numel() for parameter in whole.parameters())
     return Original(name, headless.trunk, preprocessing, headless.head, full, can_be_rebuilt)
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Raise ModelError where `model` is compiled, or does not compute in fp32."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript network cannot be scaled; pass the nn.Module that it was made of")
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if others := kinds - {torch.float32}:
+        named = " and ".join(sorted(str(kind) for kind in others))
+        raise ModelError(f"{type(model).__name__} has weights of {named}; pass it as fp32, `net.float()`")
 
 
 def require_dimensions(model: nn.Module, images: Tensor) -> None:

@@ -113,6 +113,8 @@ def stir(model: nn.Module, *, seed: int = 0) -> nn.Module:
     # By tensor: one that several modules hold stays one.
     varied: dict[Tensor, Tensor] = {}
     for module in model.modules():
+        if isinstance(module, (nn.LocalResponseNorm, nn.CrossMapLRN2d)):
+            module.alpha = 1.0  # at the usual 1e-4, what it makes of its neighbours may pass for rounding
         stirred = isinstance(module, (_NormBase, PooledHead))
         own: tuple[dict[str, Any], ...] = (module._parameters, *([module._buffers] if stirred else []))
         for tensors in own:
@@ -160,9 +162,13 @@ def _try(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> s
 def behead(groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
     """Return the channels of each group but the first ones, a third: a lopsided removal.
 
-    Half of them at random can be as many on both sides of a split.
+    Half of them at random can be as many on both sides of a split. An odd number goes, where there are two or more:
+    what takes every other channel then takes others.
     """
-    return {group.name: torch.arange(-(-group.width // 3), group.width) for group in groups}
+    return {
+        group.name: torch.arange(group.width // 3 | 1 if group.width > 1 else 0, group.width)
+        for group in groups
+    }
 
 
 def halve(groups: Iterable[ChannelGroup], *, seed: int = 0) -> dict[str, Tensor]:

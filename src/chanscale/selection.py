@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from math import gcd
+from math import floor, gcd
 
 import torch
 from torch import Tensor, nn
 
 from chanscale.channels import ChannelGroup, Kept, free_groups
 from chanscale.costs import TrunkCost
-from chanscale.errors import BudgetError, EmptySelectionError
+from chanscale.errors import BudgetError, EmptySelectionError, clip
 from chanscale.group_scales import GroupScales
 
 Widths = Mapping[str, int]
@@ -127,15 +127,26 @@ def keep_within(
 
     low, high = 0, len(order)
     if cost_after(high) > limit:
-        raise BudgetError(
-            f"at most {limit:,.0f} {of} are to be kept, but the smallest widths allowed hold "
-            f"{cost_after(high):,}. Lower the budget, min_channels or round_to"
-        )
+        raise BudgetError(_explain_excess(cost, of, limit, least=cost_after(high)))
     while low < high:  # the cost falls with every removal, so the first that fits is found by bisection
         middle = (low + high) // 2
         low, high = (low, middle) if cost_after(middle) <= limit else (middle + 1, high)
     last = float(values[order[low - 1]]) if low else 0.0
     return _take(largest, widths_after(low), spared), last
+
+
+def _explain_excess(cost: TrunkCost, of: str, limit: float, *, least: int) -> str:
+    """Say why the smallest widths allowed, which hold `least`, are above `limit`, and what to do."""
+    told = f"at most {limit:,.0f} {of} are to be kept, but the smallest widths allowed hold {least:,}"
+    ones = cost.of(of, {name: torch.arange(1) for name in cost.widths})
+    if ones <= limit:
+        return f"{told}. Lower the budget, min_channels or round_to"
+    stuck = next((f" ({group.name}: {group.protected})" for group in cost.groups if group.protected), "")
+    most = floor(1000 * (1 - least / cost.original(of))) / 1000  # rounded down: what is proposed must do
+    return (
+        f"{told}, and one channel in each layer that can lose any would hold {ones:,}{clip(stuck)}. "
+        f"Lower the budget to {most:g}"
+    )
 
 
 def spare(
@@ -166,7 +177,7 @@ def by_size(importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _keep(largest: Mapping[str, Tensor], widths: Widths, spared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     best = {name: order[: widths[name]] for name, order in largest.items()}
-    return best | {name: torch.cat([best[name], channels]).unique() for name, channels in spared.items()}
+    return best | {name: torch.unique(torch.cat([best[name], channels])) for name, channels in spared.items()}
 
 
 def _take(largest: Mapping[str, Tensor], widths: Widths, spared: Mapping[str, Tensor]) -> ChannelSelection:

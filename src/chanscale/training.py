@@ -1,8 +1,9 @@
 """Train scales and head: shrink and remove down to the budget, then refine, and keep the best epoch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -33,6 +34,9 @@ LITTLE_CHOICE = 3 / 4
 
 It lies between two cases: at 98 %, VGG16 was left with one channel in its last layer, and at chance; at 49 %, finer
 widths read no better (docs/benchmarks/nih_opacity_64.md)."""
+
+EXCESS = 0.05
+"""How much more than the budget, as a share of the trunk, may go without a word."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +97,8 @@ def fit(
             save(state)
     if state.best is None:
         raise TrainingError("no epoch met the budget; give it more epochs with --scale-epochs")
+    if excess := _find_excess(state.best.row, config):
+        _log.warning("%s", excess)
     to_channels_last(state.best.model)  # as it will be read from its file, and round
     runner.settle(state.best.model)
     runner.centre(state.best.model)
@@ -140,6 +146,18 @@ def find_little_choice(cost: TrunkCost, rule: WidthRule, of: CostKind, budget: f
         f"--round-to {rule.round_to} leaves little to select: the least widths that it allows hold "
         f"{percent(filled(rule.round_to))} of what a budget of {budget:g} leaves; those of --round-to {multiple} hold "
         f"{percent(filled(multiple))}"
+    )
+
+
+def _find_excess(row: Mapping[str, Any], config: FitConfig) -> str | None:
+    """Return, where much more than the budget went, what to do about it; else None. `row`: of the best epoch."""
+    removed = row[f"{config.budget_of}_removed"]
+    if config.tolerance is not None or removed - config.budget < EXCESS:
+        return None
+    finer = "; a smaller --round-to may come nearer" if config.round_to > 1 else ""
+    return (
+        f"{percent(removed)} of the {config.budget_of} went, where {percent(config.budget)} was asked for: the next "
+        f"wider network that may be holds more{finer}"
     )
 
 
