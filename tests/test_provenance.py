@@ -16,6 +16,8 @@ from chanscale.attaching import merge_scales
 from chanscale.backbones import BACKBONES
 from chanscale.delta import save_delta
 from chanscale.errors import ArtifactError, ModelError
+from chanscale.export.forms import export_run
+from chanscale.onnx_proof import prove_graph
 from chanscale.provenance import Origins, prove, same_bits
 from chanscale.weights import cache_path, weights_status
 from networks import describe, same_tensors
@@ -277,7 +279,8 @@ def write_graph(path, tensors):
         onnx.helper.make_node("Conv", [f"x{i}", *names[i : i + 2]], [f"x{i + 2}"])
         for i in range(0, len(names), 2)
     ]
-    graph = onnx.helper.make_graph(nodes, "g", [], [], stored)
+    ends = onnx.helper.make_tensor_value_info(f"x{len(names)}", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph(nodes, "g", [], [ends], stored)
     path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
     return path
 
@@ -353,6 +356,105 @@ def test_a_graph_of_another_network_is_an_error(plain_run, tmp_path, capsys):
         code, _, err = run(capsys, "verify", plain_run, "--onnx", write_graph(tmp_path / "m.onnx", wrong))
         assert code == 2
         assert words in err
+
+
+def hide_behind_a_name(graph, filters):
+    """Another tensor of the same name: ONNX Runtime takes the first."""
+    stored = list(graph.initializer)
+    del graph.initializer[:]
+    graph.initializer.extend([filters, *stored])
+
+
+def hide_in_another_operator(graph, filters):
+    """The true convolution feeds nothing, and a fused one with other filters stands in its place."""
+    filters.name = "other"
+    graph.initializer.append(filters)
+    graph.node.append(graph.node[-1])
+    true, live = graph.node[-2:]
+    true.output[0] = "nowhere"
+    live.op_type, live.domain, live.input[1] = "FusedConv", "com.microsoft", "other"
+
+
+def hide_behind_an_input(graph, filters):
+    graph.input.append(onnx.helper.make_tensor_value_info("t0", onnx.TensorProto.FLOAT, filters.dims))
+
+
+def hide_in_a_file(graph, _):
+    onnx.external_data_helper.set_external_data(graph.initializer[0], "filters.bin")
+    graph.initializer[0].ClearField("raw_data")
+
+
+def hide_behind_an_output(graph, _):
+    graph.node.append(onnx.helper.make_node("Identity", ["x0"], ["t0"]))
+
+
+def hide_in_a_branch(graph, _):
+    branch = onnx.helper.make_graph([graph.node[-1]], "branch", [], [])
+    graph.node.append(onnx.helper.make_node("If", ["x0"], ["y"], then_branch=branch, else_branch=branch))
+
+
+def hide_in_whole_numbers(graph, _):
+    graph.node.append(onnx.helper.make_node("ConvInteger", ["x0", "t0"], ["y"]))
+
+
+def hide_in_a_sparse_tensor(graph, filters):
+    graph.sparse_initializer.add(values=filters, dims=filters.dims)
+
+
+@pytest.mark.parametrize(
+    ("hide", "said"),
+    [
+        (hide_behind_a_name, "'t0' is there 2 times"),
+        (hide_behind_an_input, "'t0' is there 2 times"),
+        (hide_behind_an_output, "'t0' is there 2 times"),
+        (hide_in_another_operator, "it has the operator com.microsoft:FusedConv"),
+        (hide_in_whole_numbers, "it has the operator ConvInteger"),
+        (hide_in_a_branch, "If has a graph of its own"),
+        (hide_in_a_file, "'t0' lies in another file"),
+        (hide_in_a_sparse_tensor, "it has sparse tensors"),
+    ],
+)
+def test_a_graph_that_could_compute_with_other_filters_is_refused(plain_run, tmp_path, capsys, hide, said):
+    path = write_graph(tmp_path / "m.onnx", merged_tensors(plain_run))
+    model = onnx.load(path)
+    first = onnx.numpy_helper.to_array(model.graph.initializer[0])
+    hide(model.graph, onnx.numpy_helper.from_array(-first, "t0"))
+    path.write_bytes(model.SerializeToString())
+    code, _, err = run(capsys, "verify", plain_run, "--onnx", path)
+    assert code == 2
+    assert said in err
+
+
+def test_a_graph_with_functions_of_its_own_is_refused(plain_run, tmp_path, capsys):
+    path = write_graph(tmp_path / "m.onnx", merged_tensors(plain_run))
+    model = onnx.load(path)
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    model.functions.append(onnx.helper.make_function("", "Conv", ["x"], ["y"], [node], model.opset_import))
+    path.write_bytes(model.SerializeToString())
+    code, _, err = run(capsys, "verify", plain_run, "--onnx", path)
+    assert code == 2
+    assert "it has functions of its own" in err
+
+
+def test_a_convolution_that_reaches_no_output_does_not_count(plain_run, tmp_path, capsys):
+    path = write_graph(tmp_path / "m.onnx", merged_tensors(plain_run))
+    model = onnx.load(path)
+    model.graph.output[0].name = "x4"
+    path.write_bytes(model.SerializeToString())
+    code, _, err = run(capsys, "verify", plain_run, "--onnx", path)
+    assert code == 2
+    assert "Got 2 instead" in err
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_what_is_exported_is_proven(monkeypatch, tmp_path, trunk):
+    pytest.importorskip("onnxruntime", reason="needs: pip install 'chanscale[export]'")
+    register(monkeypatch, trunk)
+    folder = save_run(tmp_path / "run", folded=trunk == "plain")
+    model, _ = load_model(folder)
+    proof = prove_graph(export_run(folder).path, model)
+    assert proof.convolutions == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert (proof.with_norm > 0) == (trunk != "plain")
 
 
 @pytest.mark.parametrize("content", [None, b"no graph at all"])

@@ -1,6 +1,7 @@
 """Whether the convolutions of an ONNX graph are those of a model: its filters times their scales, bit for bit."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,12 +17,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from chanscale.attaching import merge_scales, scale_weight
 from chanscale.classifier import Classifier
-from chanscale.errors import ArtifactError, one_line
+from chanscale.errors import ArtifactError, clip, one_line
 from chanscale.export.deployed import flush_denormals
 from chanscale.provenance import differing_rows, same_bits
 from chanscale.scaling import ChannelScale
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
+"""The operators that are compared with the model."""
+FOREIGN = (
+    "ConvInteger", "DeformConv", "Einsum", "GRU", "LSTM", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN",
+)  # fmt: skip
+"""Operators with weights that no fp32 graph of ours has: filters could stand in them unseen."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ def prove_graph(path: Path, model: Classifier) -> GraphProof:
     """Return the proof that the convolutions of the graph at `path` are those of `model`, its scales merged, in order.
 
     What is too small for a normal fp32 is 0 in a graph. A norm may have been folded into the convolution before it,
-    w * (gamma / sqrt(variance + eps)), as onnxscript does. Raises ArtifactError, naming the first filter that differs.
+    w * (gamma / sqrt(variance + eps)), as onnxscript does. Convolutions that reach no output do not count. Raises
+    ArtifactError, naming the first filter that differs, or what could hide other filters.
     """
     scaled = any(isinstance(module, ChannelScale) for module in model.modules())
     merged = merge_scales(model) if scaled else copy.deepcopy(model)
@@ -93,20 +100,63 @@ def _fold(conv: _Convolution, norm: _BatchNorm) -> _Convolution | None:
 
 
 def _read_convolutions(path: Path) -> list[_Convolution]:
-    """Return the convolutions of a graph, in order. Raises ArtifactError."""
+    """Return the convolutions of a graph that reach an output, in order. Raises ArtifactError."""
     try:
-        graph = onnx.load_model(path, load_external_data=False).graph
-        stored = {
-            item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer
-        }
+        model = onnx.load_model(path, load_external_data=False)
+        doubt = next(_find_doubts(model), None)
+        stored = {} if doubt else _read_initializers(model.graph)
     except Exception as error:  # whatever reading and parsing raise
         reason = one_line(error)[:200]
         raise ArtifactError(f"{path} is no ONNX graph ({reason}); chanscale export RUN writes one") from error
+    if doubt:
+        raise ArtifactError(
+            f"{path} could compute with other filters than can be compared: {clip(doubt)}; export it again"
+        )
     return [
         _Convolution(*[*(stored.get(name) for name in node.input[1:3]), None, None][:2])
-        for node in graph.node
+        for node in _reaching_outputs(model.graph)
         if node.op_type in CONVOLUTIONS
     ]
+
+
+def _read_initializers(graph: onnx.GraphProto) -> dict[str, Tensor]:
+    return {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+
+
+def _find_doubts(model: onnx.ModelProto) -> Iterator[str]:
+    """Yield, in words, all by which the numbers of a graph may be others than those that stand beside its nodes."""
+    graph = model.graph
+    if model.functions:
+        yield "it has functions of its own"
+    if graph.sparse_initializer:
+        yield "it has sparse tensors"
+    for item in graph.initializer:
+        if item.data_location == onnx.TensorProto.EXTERNAL or item.external_data:
+            yield f"{item.name!r} lies in another file"
+    # A runtime takes the first of two, the last, or what its caller gives.
+    names = [item.name for item in (*graph.initializer, *graph.input)]
+    made = [name for node in graph.node for name in node.output if name]
+    for name, count in Counter([*names, *made]).items():
+        if count > 1:
+            yield f"{name!r} is there {count} times"
+    for node in graph.node:
+        if node.domain or node.op_type in FOREIGN:
+            yield f"it has the operator {':'.join(filter(None, (node.domain, node.op_type)))}"
+        if any(item.HasField("g") or item.graphs for item in node.attribute):
+            yield f"{node.op_type} has a graph of its own"
+
+
+def _reaching_outputs(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the nodes that an output is computed from, in order."""
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output}
+    needed: set[int] = set()
+    waiting = [item.name for item in graph.output]
+    while waiting:
+        index = makers.get(waiting.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            waiting += graph.node[index].input
+    return [graph.node[index] for index in sorted(needed)]
 
 
 def _agree(got: Tensor | None, wanted: Tensor | None) -> bool:
