@@ -10,6 +10,7 @@ from torch import nn
 from chanscale.artifact import FORMAT, METADATA, load_model, save_model
 from chanscale.backbones import BACKBONES
 from chanscale.classifier import to_channels_last
+from chanscale.config import LARGEST_SIDE
 from chanscale.errors import ArtifactError
 from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
@@ -197,6 +198,34 @@ def test_metadata_that_were_tampered_with_are_an_error(saved, name):
     _, path = saved
     retell(path, TAMPERINGS[name])
     error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"image_size": LARGEST_SIDE + 1}, "image_size: Input should be less than or equal to 2048"),
+        ({"image_size": 646, "space": {}}, "a cube of 646 voxels a side is too large"),
+        ({"channels": 10**9}, "channels: Input should be less than or equal to 3"),
+    ],
+)
+def test_no_memory_is_taken_for_images_that_no_run_could_have(saved, monkeypatch, claim, said):
+    _, path = saved
+    retell(path, lambda info: info.update(claim))
+    monkeypatch.setattr("chanscale.artifact.rebuild", lambda *_, **__: pytest.fail("it was built"))
+    assert said in error_of(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["timm:hf-hub:any/body", "timm:hf_hub:any/body", "timm:HF-HUB:any/body", "timm:local-dir:net",
+     "transformers:any/body", "transformers:~nobody-of-this-name/net", "transformers:{folder}"],
+)  # fmt: skip
+def test_a_file_has_no_hub_asked_and_no_folder_opened(saved, monkeypatch, name):
+    _, path = saved
+    monkeypatch.setattr("chanscale.originals.build_network", lambda *_, **__: pytest.fail("it was built"))
+    retell(path, lambda info: info.update(backbone=name.format(folder=path.parent)))
+    assert "a folder or a hub says what" in error_of(path)
+    assert "pass that network as `trunk`" in error_of(path)
 
 
 def test_a_channel_of_a_grouped_network_is_several_of_a_layer(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 import tiny_backbone
 from chanscale.backbones import BACKBONES, Preprocessing
-from chanscale.catalogue import build_network, load_network, load_weights
+from chanscale.catalogue import build_network, is_elsewhere, load_network, load_weights
 from chanscale.errors import ChanscaleError, ConfigError, WeightsError
 from chanscale.headless import remove_head
 from chanscale.libraries import LIBRARIES, Library
@@ -249,6 +249,15 @@ def test_a_stored_name_builds_the_same_network_again(folder):
         assert network.can_be_rebuilt == (not name.startswith("transformers"))
     assert load_network("torchvision:Net").name == "torchvision:net"
     assert not load_network("timm:local-dir:net").can_be_rebuilt
+
+
+@pytest.mark.parametrize(
+    "network", ["hf-hub:any/body", "hf_hub:any/body", "HF-HUB:any/body", "local-dir:net"]
+)
+def test_what_a_hub_or_a_folder_describes_for_timm_is_not_rebuilt_by_name(network):
+    assert is_elsewhere(f"timm:{network}")
+    assert not is_elsewhere("timm:resnet18.a1_in1k")
+    assert not is_elsewhere("timm:timm:resnet18")
 
 
 def test_the_name_of_a_folder_is_its_whole_path(folder, monkeypatch):

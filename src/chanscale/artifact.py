@@ -17,11 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 from chanscale import __version__
 from chanscale.backbones import Preprocessing
 from chanscale.classifier import Classifier, to_channels_last
-from chanscale.config import Frames
+from chanscale.config import LARGEST_SIDE, Frames
 from chanscale.conformal import PredictionSets
 from chanscale.cutting_points import cut_trunk
 from chanscale.data.loading import shape_of
-from chanscale.data.volumes import VolumeSpace
+from chanscale.data.volumes import MAX_VOXELS, VolumeSpace
 from chanscale.errors import ArtifactError, ChanscaleError, ConfigError, ModelError, brief, clip, one_line
 from chanscale.files import parse_json, write_atomically
 from chanscale.modes import in_eval
@@ -59,8 +59,8 @@ class ModelInfo:
     classes: tuple[str, ...]
     kept: Mapping[str, list[int]]
     preprocessing: Mapping[str, Any]
-    image_size: Annotated[int, Field(gt=0)]
-    channels: Annotated[int, Field(gt=0)]
+    image_size: Annotated[int, Field(gt=0, le=LARGEST_SIDE)]
+    channels: Annotated[int, Field(gt=0, le=3)]
     head: str | None = None
     without: tuple[str, ...] = ()
     rebuilt_by: Literal["name", "program", "network"] = "name"
@@ -72,7 +72,9 @@ class ModelInfo:
     frames: Frames | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a rule of decision is for other classes than these."""
+        """Raise ValueError where a rule of decision is for other classes than these, or a cube too large to decode."""
+        if self.space is not None and self.image_size**3 > MAX_VOXELS:
+            raise ValueError(f"a cube of {self.image_size} voxels a side is too large")
         if self.operating_point is not None and not self.is_binary:
             raise ValueError("an operating point is for two classes")
         sets = self.prediction_sets
@@ -152,6 +154,8 @@ def load_model(path: Path | str, *, trunk: nn.Module | None = None) -> tuple[Cla
         )
     try:
         model = rebuild(info, tensors, trunk=trunk)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
     except (ChanscaleError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = one_line(error)[:200]
         raise ArtifactError(f"{path} does not fit {info.backbone!r}: {reason}") from error

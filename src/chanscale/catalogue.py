@@ -96,6 +96,12 @@ def require_network(name: str) -> None:
     _find(name)
 
 
+def is_elsewhere(name: str) -> bool:
+    """Tell whether a folder or a hub says what the network called `name` is, which building it would open."""
+    library, _, network = name.partition(":")
+    return library in LIBRARIES and LIBRARIES[library].is_elsewhere(network.removesuffix(VOLUMES))
+
+
 def takes_volumes(name: str) -> bool:
     """Tell whether the network called `name` is for volumes."""
     return name.endswith(VOLUMES)

@@ -22,6 +22,8 @@ Frames = Literal["first", "all"]
 Speed = Literal["auto", "off"]
 
 
+LARGEST_SIDE = 2048
+"""Pixels along a side of the largest image that a network may see."""
 _MOST_TOLD = 5
 """Faults that are told of one configuration."""
 
@@ -46,7 +48,7 @@ class FitConfig(BaseModel):
     image_size: int = Field(
         112,
         ge=32,
-        le=2048,
+        le=LARGEST_SIDE,
         description="Side of the square the network sees, in pixels; of volumes, of the cube, in voxels.",
     )
     spacing: float | None = Field(

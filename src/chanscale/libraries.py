@@ -6,6 +6,7 @@ None is imported before a network of it is asked for. No code of a hub is run, a
 import importlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def _is_published(network: str) -> bool:
 
 
 def _is_folder(network: str) -> bool:
-    return Path(network).expanduser().is_dir()
+    return os.path.isdir(os.path.expanduser(network))  # noqa: PTH111, PTH112 - of no such user, Path's raises
 
 
 def _place(network: str) -> str:
@@ -206,6 +207,12 @@ def _load_timm(timm: ModuleType, network: str) -> tuple[nn.Module, set[str]]:
 def _preprocess_timm(timm: ModuleType, network: str, model: Any) -> Preprocessing:
     del timm, network
     return Preprocessing(mean=tuple(model.pretrained_cfg["mean"]), std=tuple(model.pretrained_cfg["std"]))
+
+
+def _is_elsewhere_for_timm(network: str) -> bool:
+    """Tell whether timm asks a hub or a folder: `hf-hub:`, `hf_hub:`, `local-dir:`, in any spelling it may read."""
+    source, colon, _ = network.partition(":")
+    return bool(colon) and source != "timm"
 
 
 # --- torchvision
@@ -249,7 +256,7 @@ LIBRARIES: dict[str, Library] = {
         build=_build_timm,
         load=_load_timm,
         preprocess=_preprocess_timm,
-        is_elsewhere=lambda network: network.startswith("local-dir:"),
+        is_elsewhere=_is_elsewhere_for_timm,
         by_hand="download the model.safetensors of its page below https://huggingface.co/timm and pass --weights FILE",
     ),
     "torchvision": Library(

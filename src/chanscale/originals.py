@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from chanscale.backbones import BACKBONES, Preprocessing
-from chanscale.catalogue import build_network, load_network
-from chanscale.errors import ModelError
+from chanscale.catalogue import build_network, is_elsewhere, load_network
+from chanscale.errors import ArtifactError, ModelError, clip
 from chanscale.headless import Logits, remove_head, without_layer
 from chanscale.modes import device_of
 from chanscale.weight_sources import Progress
@@ -115,8 +115,14 @@ def trunk_of(network: nn.Module, head: str | None) -> nn.Module:
 def rebuild_trunk(name: str, head: str | None) -> nn.Module:
     """Return the trunk of the network called `name`, without its layer `head`; its weights mean nothing.
 
-    Draws no random numbers. Raises ConfigError, ModelError.
+    The name may come from a file of anybody's: no folder and no hub is asked for it. Draws no random numbers. Raises
+    ArtifactError for a network that one of these describes, ConfigError, ModelError.
     """
+    if is_elsewhere(name):
+        raise ArtifactError(
+            f"a folder or a hub says what {clip(name)!r} is, and a file may not have one opened; in Python, pass that "
+            "network as `trunk`"
+        )
     if name in BACKBONES:
         with torch.device("meta"):  # shapes alone: no time or memory for weights that are replaced at once
             return BACKBONES[name].build()
