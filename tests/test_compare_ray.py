@@ -24,6 +24,7 @@ from chanscale import cli
 from chanscale.comparison import processes, ray_cells
 from chanscale.comparison.cells import read_cell
 from chanscale.comparison.ray_cells import joined_ray
+from chanscale.errors import ConfigError
 from chanscale.tuning import search
 from test_cli import OPTIONS, draw, error_of, words
 from test_compare import cells_of, compare, require_interrupted, spec_of, wait_for_first_cell
@@ -186,6 +187,13 @@ def test_an_address_without_ray_is_one_line(data, tiny, tmp_path, capsys, monkey
     line = error_of(capsys, ["compare", data, "--out", tmp_path / "grid", *OPTIONS, *options])
     assert re.search(message, line)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_the_working_folder_is_not_taken_for_ray(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ray.py").write_text("raise SystemExit('a file of the folder')")
+    with pytest.raises(ConfigError, match="Invalid address format"):
+        ray_cells._require_answer("nonsense")
 
 
 def test_without_ray_the_error_says_how_to_install_it(data, tiny, tmp_path, capsys, monkeypatch):

@@ -1,26 +1,41 @@
 """What `chanscale export` writes is what the run computes, or it is not written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
+from torch import nn
 
 from chanscale import cli, export_run, load_model, scale_and_select
 from chanscale.artifact import ModelInfo
-from chanscale.errors import ArtifactError, ConfigError, InexactExportError, ModelError
+from chanscale.deploy_commands import _show_export
+from chanscale.errors import (
+    ArtifactError,
+    ConfigError,
+    InexactExportError,
+    ModelError,
+    UnreadableImageError,
+)
 from chanscale.export import agreement, forms
-from chanscale.export.agreement import compare, predict_image, raw_pixels
+from chanscale.export.agreement import Agreement, compare, predict_image, raw_pixels
 from chanscale.export.denormals import denormals_flushed, flushes_denormals
 from chanscale.export.examples import draw_examples, read_whole
+from chanscale.export.forms import Exported
+from chanscale.export.int8_trial import Int8Trial
+from chanscale.export.latency import Timing
 from chanscale.export.onnx_file import describe_graph, export_onnx
-from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session
+from chanscale.export.quantising import quantise_onnx
+from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session, telling
 from chanscale.own_images import open_own_images
-from networks import plain_trunk, randomise
+from networks import build_classifier, describe, plain_trunk, randomise
 from test_cli import OPTIONS, draw, error_of, files_below, words
 from tiny_backbone import register
 from tiny_fits import tiny_config
@@ -134,6 +149,43 @@ def test_a_filter_times_its_scale_is_what_the_graph_holds(graph):
     assert np.array_equal(held["network.trunk.features.3.weight"], wanted.detach().numpy())
 
 
+class DoubleTrunk(nn.Module):
+    """A convolution in fp64, which ONNX Runtime has no kernel for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.conv(x.double()).relu().float()
+
+
+def test_a_network_that_onnx_runtime_does_not_run_is_one_line():
+    model = build_classifier(DoubleTrunk().eval())
+    with pytest.raises(
+        ModelError, match=r"^ONNX Runtime cannot open the graph of this network: .*Conv[^\n]*--format torch"
+    ):
+        export_onnx(model, describe(model, {}), draw_examples(1, grey_only=False))
+
+
+def test_what_onnx_runtime_cannot_run_or_quantise_is_one_line(graph):
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run the graph [^\n]*Got: 2 Expected: 4"):
+        run_session(open_session(graph[0]))(np.zeros((8, 8), np.float32))
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot quantise the graph [^\n]*$"):
+        quantise_onnx(b"no graph", [])
+
+
+def test_an_image_that_cannot_be_read_is_no_fault_of_onnx_runtime():
+    with pytest.raises(UnreadableImageError, match="half an image"), telling("quantise"):
+        raise UnreadableImageError("half an image")
+
+
+def test_memory_that_onnx_runtime_lacks_is_lack_of_memory():
+    said = "[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 800"
+    with pytest.raises(MemoryError, match="size 800"), telling("run"):
+        raise RuntimeException(said)
+
+
 # --- a program
 
 
@@ -184,6 +236,17 @@ def test_int8_is_calibrated_on_training_images_and_judged_on_the_others(made, tm
     assert kinds.count(onnx.TensorProto.INT8) >= 3  # the weights of three convolutions
 
 
+def test_the_agreement_of_int8_is_said_to_be_that_of_fp32(capsys):
+    timing = Timing(1, 1, 1, 5)
+    trial = Int8Trial(9, 0.9, 0.91, 0.0004, timing, timing)
+    exported = Exported(Path("small.onnx"), 8, Agreement(8, 1e-7), trial)
+    _show_export(exported)
+    assert "from the run's, of the graph in fp32: 1.0e-07, over 8 images" in (said := words(capsys)[0])
+    assert "a probability changes by 4.0e-04 at most" in said
+    _show_export(replace(exported, int8=None))
+    assert "fp32" not in words(capsys)[0]
+
+
 def test_int8_wants_the_images_and_onnx(made):
     with pytest.raises(ConfigError, match="--images"):
         export_run(made[0], int8=True)
@@ -211,12 +274,26 @@ def test_a_probability_that_is_no_number_is_a_difference(made, tmp_path, monkeyp
 
 def test_an_exporter_that_fails_is_one_line(made, tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("no such\noperator")
+        cause = ValueError("no \x1b[96msuch\x1b[0m\noperator")
+        raise RuntimeError(f"this is \x1b[96mstep 3/3\x1b[0m{' of exporting' * 20}") from cause
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ModelError, match=r"^the network cannot be written as ONNX: no such operator$"):
         export_run(made[0], out=tmp_path / "model.onnx")
     assert files_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+@pytest.mark.parametrize("name", ["model.safetensors", "novelty.safetensors", "program.pt2"])
+def test_what_the_run_cannot_do_without_is_not_written_over(made, tmp_path, capsys, form, name):
+    run = shutil.copytree(made[0], tmp_path / "run")
+    (run / "program.pt2").touch()
+    (tmp_path / "link").symlink_to(run / name)
+    before = files_below(tmp_path)
+    for out in (run / name, tmp_path / "link"):
+        said = error_of(capsys, ["export", run, "--format", form, "--out", out])
+        assert f"is the run's own {name}, and would be lost; name another --out" in said
+    assert files_below(tmp_path) == before
 
 
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnxscript"])

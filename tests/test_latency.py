@@ -9,7 +9,7 @@ import pytest
 
 from chanscale import cli
 from chanscale.errors import ModelError
-from chanscale.export import latency, race
+from chanscale.export import latency, peak_memory, race
 from chanscale.export.latency import Timing, draw_pixels, time_in_turns
 from chanscale.export.peak_memory import measure_peak_memory
 from chanscale.export.race import Entry, Race
@@ -103,6 +103,22 @@ def test_a_graph_that_cannot_be_run_is_one_line(tmp_path):
     broken.write_bytes(b"no graph")
     with pytest.raises(ModelError, match=r"the memory of broken\.onnx could not be measured: [^\n]+$"):
         measure_peak_memory(broken, (1, 1, 8, 8), threads=1)
+
+
+def test_a_measurement_that_was_killed_says_so_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(peak_memory, "MEASURE", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(
+        ModelError, match=r"ended by SIGKILL, and may have lacked memory; try a smaller --image-size"
+    ):
+        measure_peak_memory(tmp_path / "m.onnx", (1, 1, 8, 8), threads=1)
+
+
+def test_a_measurement_runs_no_module_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "psutil.py").write_text("raise SystemExit('a file of the folder')")
+    with pytest.raises(ModelError) as caught:
+        measure_peak_memory(tmp_path / "m.onnx", (1, 1, 8, 8), threads=1)
+    assert "a file of the folder" not in str(caught.value)
 
 
 def test_pixels_to_time_on_are_raw_pixels():

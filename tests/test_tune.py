@@ -24,6 +24,7 @@ import tiny_backbone
 import tiny_trial
 from chanscale import cli
 from chanscale.cli_options import merge_config
+from chanscale.comparison import processes
 from chanscale.comparison.cells import digest_images
 from chanscale.config import FitConfig
 from chanscale.data import open_images
@@ -707,7 +708,15 @@ def test_with_bad_images_skipped_the_split_is_that_of_a_fit(data, here, tmp_path
 
 
 def test_the_program_of_a_trial_is_a_module_that_is_there():
-    assert search.TRIAL_PROGRAM[:2] == (sys.executable, "-m")
-    assert (
-        Path(chanscale.__file__).parent / "tuning" / f"{search.TRIAL_PROGRAM[2].split('.')[-1]}.py"
-    ).exists()
+    *python, module = search.TRIAL_PROGRAM
+    assert python == [sys.executable, "-P", "-m"]
+    assert (Path(chanscale.__file__).parent / "tuning" / f"{module.split('.')[-1]}.py").exists()
+
+
+@pytest.mark.parametrize("program", [processes.CELL_PROGRAM, search.TRIAL_PROGRAM])
+def test_a_trial_or_cell_runs_no_module_of_the_working_folder(tmp_path, program):
+    (tmp_path / "beside.py").touch()
+    flags = program[1 : program.index("-m")]
+    command = [sys.executable, *flags, "-c", "import beside"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "No module named 'beside'" in done.stderr

@@ -14,8 +14,11 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-CELL_PROGRAM = (sys.executable, "-m", "chanscale.comparison.cell_process")
-"""What is started for each cell; it reads a spec from stdin, and its argument is where the cell's file goes."""
+CELL_PROGRAM = (sys.executable, "-P", "-m", "chanscale.comparison.cell_process")
+"""What is started for each cell; it reads a spec from stdin, and its argument is where the cell's file goes.
+
+-P: no module of the working folder is run.
+"""
 
 
 class Spec(Protocol):

@@ -148,7 +148,7 @@ def _require_answer(address: str) -> None:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE, address],
+            [sys.executable, "-P", "-c", _PROBE, address],  # -P: a ray.py in the working folder is not run
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:

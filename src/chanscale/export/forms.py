@@ -19,8 +19,9 @@ from chanscale.export.program_file import export_program
 from chanscale.export.quantising import CALIBRATION, quantise_onnx
 from chanscale.export.web import build_page
 from chanscale.files import require_absent, require_writable, write_atomically
+from chanscale.novelty.storage import NOVELTY
 from chanscale.own_images import judged_images, open_own_images
-from chanscale.programs import takes_grey_alone
+from chanscale.programs import PROGRAM, takes_grey_alone
 from chanscale.wording import NOTICE
 
 Form = Literal["onnx", "torch", "web", "delta"]
@@ -38,7 +39,10 @@ CHECKED, PHANTOMS = 50, 8
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how large it is; how well it agrees with the run; what int8 cost and gained."""
+    """What was written, and how large it is; how well it agrees with the run; what int8 cost and gained.
+
+    With int8, `agreement` is that of the graph in fp32 that it was made of.
+    """
 
     path: Path
     size: int
@@ -60,7 +64,8 @@ def export_run(
     `out`: where to; default: in the run folder. `images`: the set that the run was made of; the export is compared
     with the run on its test images, without it on phantoms (of volumes, on noise). `int8`: as ONNX alone; calibrated on
     the training images of that set, and judged on its test images. Raises ConfigError, ArtifactError, DataError,
-    ModelError, among them InexactExportError when a probability differs by more than 1e-4; nothing is written then.
+    ModelError, among them InexactExportError when a probability differs by more than 1e-4 (for int8, one of the graph
+    in fp32 that it is made of); nothing is written then.
     """
     file = model_path(Path(run))
     target = _find_target(file, form, out, int8=int8)
@@ -111,7 +116,15 @@ def _find_target(file: Path, form: str, out: str | Path | None, *, int8: bool) -
     if form == "web":
         require_absent(target)
     require_writable(target)
+    _require_other(target, file)
     return target
+
+
+def _require_other(target: Path, file: Path) -> None:
+    """Raise ConfigError where an export would take the place of what the run cannot do without."""
+    for own in (file, file.with_name(PROGRAM), file.with_name(NOVELTY)):
+        if own.exists() and target.exists() and target.samefile(own):
+            raise ConfigError(f"{target} is the run's own {own.name}, and would be lost; name another --out")
 
 
 def _quantise(

@@ -1,6 +1,7 @@
 """The deployed classifier as an ONNX graph, compared with PyTorch in ONNX Runtime before it is written."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,9 @@ from chanscale.programs import Program, quiet, trace_program
 from chanscale.wording import NOTICE
 
 OPSET = 20
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+"""What turns a terminal's text to a colour."""
 
 
 def export_onnx(
@@ -49,9 +53,16 @@ def to_onnx(deployed: DeployedClassifier, description: Mapping[str, Any]) -> byt
                 input_names=[INPUT], output_names=outputs,
             )  # fmt: skip
     except Exception as error:  # whatever the exporter does not know
-        raise ModelError(f"the network cannot be written as ONNX: {one_line(error)[:200]}") from error
+        raise ModelError(f"the network cannot be written as ONNX: {_reason(error)}") from error
     assert exported is not None
     return _finish(exported.model_proto, description)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the exporter met first; its last words are about its steps, in colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _COLOUR.sub("", one_line(error))[:200]
 
 
 def describe_graph(info: ModelInfo) -> dict[str, Any]:

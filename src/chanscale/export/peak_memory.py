@@ -1,10 +1,11 @@
 """The most memory that a network takes: measured in a process that does nothing but open it, and run it once."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from chanscale.errors import ModelError, one_line
+from chanscale.errors import ModelError
 
 MEASURE = """
 import sys
@@ -49,9 +50,20 @@ def measure_peak_memory(graph: Path, shape: tuple[int, ...], *, threads: int) ->
     arguments = [str(graph), str(threads), *map(str, shape)]
     try:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+            # -P: a psutil.py in the working folder is not run.
+            [sys.executable, "-P", "-W", "ignore", "-c", MEASURE, *arguments],
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
     except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or [one_line(error)])[-1]
-        raise ModelError(f"the memory of {graph.name} could not be measured: {reason[:200]}") from error
+        raise ModelError(
+            f"the memory of {graph.name} could not be measured: {_describe_end(error)}"
+        ) from error
     return max(0, int(done.stdout))
+
+
+def _describe_end(error: subprocess.CalledProcessError) -> str:
+    if error.returncode < 0:
+        name = signal.Signals(-error.returncode).name
+        return f"its process was ended by {name}, and may have lacked memory; try a smaller --image-size or --batches"
+    words: list[str] = error.stderr.strip().splitlines()
+    return words[-1][:200] if words else f"its process ended with exit code {error.returncode}"

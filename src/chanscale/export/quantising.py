@@ -6,7 +6,7 @@ from pathlib import Path
 
 from chanscale.data.images import Pixels
 from chanscale.export.agreement import raw_pixels
-from chanscale.export.runtime import INPUT, Floats, require_extra
+from chanscale.export.runtime import INPUT, Floats, require_extra, telling
 from chanscale.programs import quiet
 
 QUANTISED = ["Conv", "Relu", "Clip", "MaxPool"]
@@ -19,12 +19,12 @@ def quantise_onnx(graph: bytes, images: Iterable[Pixels]) -> bytes:
     """Return an int8 copy of a graph of `export_onnx`, calibrated on training `images`: (C, H, W), 16 bits.
 
     Weights are signed, with a scale for each filter; activations unsigned, with ranges from the smallest to the
-    largest value seen. Weights keep 7 bits: processors without VNNI overflow on 8. Raises ConfigError.
+    largest value seen. Weights keep 7 bits: processors without VNNI overflow on 8. Raises ConfigError, ModelError.
     """
     require_extra()
     from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
-    with tempfile.TemporaryDirectory(prefix="chanscale-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="chanscale-") as folder, quiet(), telling("quantise"):
         plain, ready, whole = (Path(folder) / name for name in ("plain.onnx", "ready.onnx", "int8.onnx"))
         plain.write_bytes(graph)
         quant_pre_process(plain, ready, skip_symbolic_shape=True)

@@ -80,7 +80,7 @@ def measure_latency(
 
     `image_size`: default, what the run was trained on. `threads`: default, as many as PyTorch would use. `int8`: the
     run in int8 too, with ranges from phantoms, which change no time. Raises ConfigError without the extra,
-    ArtifactError, WeightsError.
+    ArtifactError, WeightsError, ModelError.
     """
     require_extra()
     model, info = load_model(model_path(Path(run)))

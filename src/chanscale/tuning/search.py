@@ -23,8 +23,8 @@ from chanscale.tuning.stopping import Rival
 from chanscale.tuning.study import Asked, Trials, require_optuna
 from chanscale.tuning.trials import FAILED, Result, TrialSpec, split_search
 
-TRIAL_PROGRAM = (sys.executable, "-m", "chanscale.tuning.trial_process")
-"""What is started for each trial."""
+TRIAL_PROGRAM = (sys.executable, "-P", "-m", "chanscale.tuning.trial_process")
+"""What is started for each trial; -P: no module of the working folder is run."""
 
 
 @dataclass(frozen=True)
