@@ -37,6 +37,18 @@ def _the_processor_computes_as_before() -> Iterator[None]:
     assert not flushes_denormals()
 
 
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whom the machine does not know, as in some containers, and no variable that says where to keep things."""
+
+    def know_nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "CHANSCALE_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", know_nobody)
+
+
 @pytest.fixture(scope="session")
 def nih_opacity() -> Path:
     """Real chest radiographs, no_finding and pneumonia; skips the test where they are absent."""

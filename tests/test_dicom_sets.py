@@ -179,6 +179,17 @@ def test_the_key_lies_beside_the_users_data_not_in_a_cache(monkeypatch, tmp_path
     assert key_path() == tmp_path / ".local" / "share" / "chanscale" / "pseudonym.key"
 
 
+def test_a_user_without_a_home_is_told_in_one_line_where_a_key_may_lie(homeless, monkeypatch):
+    with pytest.raises(
+        ConfigError, match=f"no home folder .* set CHANSCALE_HOME to a folder, or {KEY_VARIABLE}$"
+    ):
+        load_key()
+    monkeypatch.setenv(KEY_VARIABLE, "0" * 32)
+    assert load_key() == b"0" * 32
+    monkeypatch.setenv("CHANSCALE_HOME", "~no such user/keys")
+    assert key_path() == Path("~no such user/keys/pseudonym.key")
+
+
 def test_a_key_that_cannot_be_used_is_one_line_without_the_key(home, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "too short to be one")
     with pytest.raises(ConfigError, match="must have 32 characters or more, got 19; make one with") as caught:

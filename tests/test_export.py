@@ -16,6 +16,7 @@ from torch import nn
 
 from chanscale import cli, export_run, load_model, scale_and_select
 from chanscale.artifact import ModelInfo
+from chanscale.conformal import PredictionSets
 from chanscale.deploy_commands import _show_export
 from chanscale.errors import (
     ArtifactError,
@@ -34,6 +35,7 @@ from chanscale.export.latency import Timing
 from chanscale.export.onnx_file import describe_graph, export_onnx
 from chanscale.export.quantising import quantise_onnx
 from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session, telling
+from chanscale.operating_point import OperatingPoint
 from chanscale.own_images import open_own_images
 from networks import build_classifier, describe, plain_trunk, randomise
 from test_cli import OPTIONS, draw, error_of, files_below, words
@@ -360,6 +362,14 @@ def test_a_run_that_left_out_unreadable_images_finds_its_own_again(made, tmp_pat
     assert not any("900" in record.name for record in images.records)
     words(capsys)
     assert cli.run(["report", str(run), "--images", str(data)]) == 0
+
+
+def test_the_rules_of_the_model_travel_with_the_graph():
+    assert not {"operating_point", "prediction_sets"} & describe_graph(INFO).keys()
+    point, sets = OperatingPoint(0.25, 0.9, 20, 2), PredictionSets(0.8, (0.3, 0.1), (9, 9))
+    told = describe_graph(replace(INFO, operating_point=point, prediction_sets=sets))
+    assert told["operating_point"]["threshold"] == 0.25
+    assert told["prediction_sets"]["least"] == (0.3, 0.1)
 
 
 def test_where_a_network_lay_is_not_told():

@@ -216,6 +216,14 @@ def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, ca
     assert recall(FACTS) is None
 
 
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_computes_all_the_same(caplog):
+    remember(FACTS, FOUND)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "set CHANSCALE_HOME" in caplog.text
+    assert recall(FACTS) is None
+
+
 # --- a fit
 
 

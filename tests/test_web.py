@@ -14,11 +14,15 @@ from threading import Thread
 
 import pytest
 
+from chanscale.artifact import ModelInfo
+from chanscale.conformal import PredictionSets
 from chanscale.errors import ArtifactError
 from chanscale.export import web
 from chanscale.export.web import RUNTIME, build_page, find_registry, read_runtime
+from chanscale.operating_point import OperatingPoint
 from chanscale.wording import NOTICE
 
+INFO = ModelInfo("tiny", ("no", "yes"), kept={}, preprocessing={}, image_size=32, channels=1)
 MEMBERS = dict.fromkeys(RUNTIME.members, b"a piece of the runtime")
 ABOUT = {
     "classes": ["clear", "</script><script>alert(1)</script>"], "name": "a <b>bold</b> model", "channels": 1,
@@ -98,8 +102,18 @@ def test_the_folder_holds_the_page_the_model_and_the_runtime(cached, home):
     }  # fmt: skip
     assert (folder / "model.onnx").read_bytes() == b"a model"
     about = json.loads((folder / "model.json").read_text())
+    assert not {"operating_point", "prediction_sets"} & about.keys()
     assert {key: about[key] for key in ABOUT} == ABOUT
     assert about["bytes"] == 7
+
+
+def test_the_rules_of_the_model_travel_with_the_page(cached, home):
+    point = OperatingPoint(0.25, 0.9, 20, 2)
+    info = replace(INFO, operating_point=point, prediction_sets=PredictionSets(0.8, (0.3, 0.1), (9, 9)))
+    folder = build_page(b"a model", home / "site", rules=info.rules, **ABOUT)
+    about = json.loads((folder / "model.json").read_text())
+    assert about["operating_point"] == {"threshold": 0.25, "sensitivity": 0.9, "positives": 20, "rests_on": 2}
+    assert about["prediction_sets"] == {"coverage": 0.8, "least": [0.3, 0.1], "images": [9, 9]}
 
 
 def test_the_html_is_the_same_for_every_model(cached, home):
@@ -210,3 +224,8 @@ def test_the_registry_is_that_of_the_variable_then_npmrc_then_the_public_one(hom
     assert find_registry() == "https://mirror.example/npm"
     monkeypatch.setenv("npm_config_registry", "https://other.example")
     assert find_registry() == "https://other.example"
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_has_the_public_registry():
+    assert find_registry() == "https://registry.npmjs.org"

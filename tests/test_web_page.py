@@ -3,7 +3,7 @@
 import base64
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 from chanscale.artifact import load_model
+from chanscale.conformal import PredictionSets
 from chanscale.export.examples import draw_examples
 from chanscale.export.onnx_file import export_onnx
 from chanscale.export.web import RUNTIME, build_page
 from chanscale.files import is_file
-from chanscale.predictions import predict_images
+from chanscale.operating_point import OperatingPoint
+from chanscale.predictions import Predictions, predict_images
 from chanscale.weights import cache_folder
 from chanscale.wording import NOTICE
 
@@ -26,7 +28,7 @@ pytest.importorskip("onnxruntime", reason="needs: pip install 'chanscale[export]
 playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 
 from standin_model import run_model, standin  # noqa: E402
-from test_export import made  # noqa: E402, F401  # a fixture
+from test_export import INFO, made  # noqa: E402, F401  # a fixture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOLERANCE = 1e-3
@@ -104,11 +106,13 @@ def open_site(browser, tmp_path_factory):
     """Return a function that builds a page for a model, serves it and opens it."""
     servers = []
 
-    def open_one(model, classes=TWO, *, grey_only=False, channels=1, multilabel=False, **options) -> Site:
+    def open_one(
+        model, classes=TWO, *, grey_only=False, channels=1, multilabel=False, rules=None, **options
+    ) -> Site:
         folder = tmp_path_factory.mktemp("served") / "site"
         build_page(
             model, folder, classes=classes, name="A <i>tiny</i> model", channels=channels, grey_only=grey_only,
-            multilabel=multilabel, notice="Trained on noise.",
+            multilabel=multilabel, rules=rules, notice="Trained on noise.",
         )  # fmt: skip
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder))
         thread = Thread(target=server.serve_forever)
@@ -204,7 +208,9 @@ def test_the_most_probable_class_is_named_and_all_have_a_figure(three, tmp_path)
     shares = three.probabilities()
     winner = THREE[int(np.argmax(shares))]
     assert sum(shares) == pytest.approx(1, abs=1e-6)
+    assert three.page.text_content("#heading") == "Most probable"
     assert three.page.text_content("#verdict") == winner
+    assert not three.page.is_visible("#rules")
     assert said == f"colour.png: {winner}, {max(shares) * 100:.1f} %."
     assert three.page.text_content("#file-name") == "colour.png"
     assert [item.text_content() for item in three.page.query_selector_all("#bars li span")] == [
@@ -221,6 +227,26 @@ def test_of_several_labels_those_more_probable_than_not_are_named(open_site, tmp
     assert site.page.text_content("#verdict") == ", ".join(called)
     assert site.page.text_content("#status") == f"colour.png: {', '.join(called)}."
     assert site.page.locator("#bars li.wins").count() == len(called)
+    assert site.page.text_content("#heading") == "More probable than not"
+
+
+@pytest.mark.parametrize(("above", "held"), [(0.01, -0.01), (-0.01, 0.01)])
+def test_the_rules_of_the_model_are_read_as_predict_reads_them(two, open_site, tmp_path, above, held):
+    path = draw(tmp_path / "grey.png")
+    two.choose(path)
+    shares = np.array([two.probabilities()])
+    point = OperatingPoint(float(shares[0, 1]) + above, 0.9, 20, 2)
+    sets = PredictionSets(0.8, tuple(float(share) + held for share in shares[0]), (9, 9))
+    info = replace(INFO, classes=TWO, operating_point=point, prediction_sets=sets)
+    site = open_site(standin(), rules=info.rules)
+    said = site.choose(path)
+    rules = site.page.text_content("#rules")
+    assert site.page.is_visible("#rules")
+    assert said.endswith(rules)
+    told = Predictions(("grey.png",), TWO, shares.astype(np.float32), (), point, sets)
+    assert rules.startswith("Positive" if told.called_positive[0] else "Not positive")
+    assert f"({TWO[1]} from {100 * point.threshold:#.3g} % on, for a sensitivity of 0.9)" in rules
+    assert rules.endswith(f"for a coverage of 0.8: {', '.join(told.sets[0])}.")
 
 
 def test_the_map_is_the_models_positive_in_one_colour_negative_in_another(two, tmp_path):

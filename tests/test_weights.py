@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from chanscale import weight_sources, weights
+from chanscale import cli, weight_sources, weights
 from chanscale.backbones import BACKBONES, Backbone, Preprocessing
 from chanscale.errors import ConfigError, DigestError, WeightsError
 from chanscale.weight_sources import UrlSource, WheelSource
@@ -145,6 +145,14 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "chanscale"
     monkeypatch.setenv("CHANSCALE_HOME", "~no such user/cache")  # a folder by that name: no error of its own
     assert cache_folder() == Path("~no such user/cache")
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_is_told_in_one_line_to_name_a_cache(capsys):
+    assert cli.run(["weights", "list"]) == 2
+    assert capsys.readouterr().err == (
+        "error: this user has no home folder for the cache; set CHANSCALE_HOME to a folder to use in its place\n"
+    )
 
 
 def test_fetching_fills_the_cache_once(origin, home):

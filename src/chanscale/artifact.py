@@ -117,6 +117,12 @@ class ModelInfo:
         return without_folder(self.backbone)
 
     @property
+    def rules(self) -> dict[str, dict[str, Any]]:
+        """The operating point and the prediction sets as plain values, those that are settled."""
+        rules = {"operating_point": self.operating_point, "prediction_sets": self.prediction_sets}
+        return {name: asdict(rule) for name, rule in rules.items() if rule is not None}
+
+    @property
     def widths(self) -> dict[str, int]:
         """How many channels each group has left."""
         return {name: len(indices) for name, indices in self.kept.items()}

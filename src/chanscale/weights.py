@@ -94,11 +94,17 @@ def weights_status() -> list[WeightsStatus]:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache, which need not exist."""
+    """Return the folder of the cache, which need not exist. Raises WeightsError for a user without a home folder."""
     if home := os.environ.get("CHANSCALE_HOME"):
         return Path(os.path.expanduser(home))  # noqa: PTH111 - Path.expanduser raises where there is no such user
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "chanscale"
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "chanscale"
+    try:
+        return Path.home() / ".cache" / "chanscale"
+    except RuntimeError as error:  # no HOME, and no such user on this machine: as in some containers
+        raise WeightsError(
+            "this user has no home folder for the cache; set CHANSCALE_HOME to a folder to use in its place"
+        ) from error
 
 
 def cache_path(name: str) -> Path:

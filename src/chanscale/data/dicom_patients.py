@@ -41,11 +41,20 @@ def load_key() -> bytes:
 
 
 def key_path() -> Path:
-    """Return where the user's key lies: not in the cache, which may be emptied."""
+    """Return where the user's key lies: not in the cache, which may be emptied.
+
+    Raises ConfigError for a user without a home folder.
+    """
     if home := os.environ.get("CHANSCALE_HOME"):
-        return Path(home).expanduser() / "pseudonym.key"
-    xdg = os.environ.get("XDG_DATA_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".local" / "share") / "chanscale" / "pseudonym.key"
+        return Path(os.path.expanduser(home)) / "pseudonym.key"  # noqa: PTH111 - of no such user, Path's raises
+    if xdg := os.environ.get("XDG_DATA_HOME"):
+        return Path(xdg) / "chanscale" / "pseudonym.key"
+    try:
+        return Path.home() / ".local" / "share" / "chanscale" / "pseudonym.key"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"this user has no home folder for the key of patients; set CHANSCALE_HOME to a folder, or {KEY_VARIABLE}"
+        ) from error
 
 
 def _load_own_key(path: Path) -> bytes:

@@ -85,7 +85,8 @@ def export_run(
     if form == "web":
         page = build_page(
             graph, target, classes=info.classes, name=file.absolute().parent.name, channels=info.channels,
-            grey_only=takes_grey_alone(model), multilabel=info.multilabel, notice=NOTICE, progress=progress,
+            grey_only=takes_grey_alone(model), multilabel=info.multilabel, rules=info.rules, notice=NOTICE,
+            progress=progress,
         )  # fmt: skip
         return _describe(page, agreement)
     if own and int8:

@@ -66,7 +66,7 @@ def _reason(error: BaseException) -> str:
 
 
 def describe_graph(info: ModelInfo) -> dict[str, Any]:
-    """Return what a graph says of itself to whoever runs it."""
+    """Return what a graph says of itself to whoever runs it, the rules to read its probabilities by among it."""
     takes = f"{INPUT}: float32 (batch, channels, height, width), 0 to {WHITE:.0f}; of 16 bits, value / 257"
     if info.space is not None:
         takes = f"{INPUT}: float32 (batch, 1, depth, height, width), 0 to {WHITE:.0f}; of read_volume, value / 257"
@@ -78,6 +78,7 @@ def describe_graph(info: ModelInfo) -> dict[str, Any]:
         "image_size": info.image_size,
         "input": takes,
         **({} if info.space is None else {"space": asdict(info.space)}),
+        **info.rules,
         "notice": NOTICE,
     }
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from chanscale.errors import ArtifactError, one_line
 from chanscale.files import claiming, is_file, require_absent, to_json, whole_folder, write_atomically
@@ -80,6 +81,7 @@ def build_page(
     channels: int,
     grey_only: bool,
     multilabel: bool = False,
+    rules: Mapping[str, Any] | None = None,
     notice: str,
     progress: Progress | None = None,
 ) -> Path:
@@ -87,13 +89,15 @@ def build_page(
 
     `model`: input `pixels` (N, 1 or 3, H, W), 0 to 255; outputs `probabilities` (N, K) and, if it has one, `class_map`
     (N, M, h, w). `channels`: of the images it was trained on; `grey_only`: it takes no others than grey ones;
-    `multilabel`: an image may have several of the classes, or none. `name` and `notice` are shown as text. Raises
-    ArtifactError, also when `folder` is there already or the runtime is not to be had.
+    `multilabel`: an image may have several of the classes, or none. `rules`: those of `ModelInfo.rules`, by which
+    the page reads probabilities as `predict` does. `name` and `notice` are shown as text. Raises ArtifactError, also
+    when `folder` is there already or the runtime is not to be had, and WeightsError where there is no cache to keep it.
     """
     require_absent(folder)
     about = {
         "format": FORMAT, "name": name, "classes": list(classes), "channels": channels, "grey_only": grey_only,
         "multilabel": multilabel, "notice": notice, "bytes": len(model), "runtime": RUNTIME.package,
+        **(rules or {}),
     }  # fmt: skip
     page = resources.files("chanscale.export").joinpath("page")
     files = {part: page.joinpath(part).read_bytes() for part in PAGE} | read_runtime(progress)
@@ -107,7 +111,8 @@ def build_page(
 def read_runtime(progress: Progress | None = None) -> dict[str, bytes]:
     """Return the files of the runtime, by their names in a page: from the cache, else from the registry.
 
-    A cache that cannot be written costs a logged warning, and the download again next time. Raises ArtifactError.
+    A cache that cannot be written costs a logged warning, and the download again next time. Raises ArtifactError, and
+    WeightsError for a user without a home folder.
     """
     cached = cache_folder() / RUNTIME.filename
     try:
@@ -127,7 +132,8 @@ def read_runtime(progress: Progress | None = None) -> dict[str, bytes]:
 def find_registry() -> str:
     """Return the address of the npm registry that the user has chosen: by variable, in ~/.npmrc, or the public one."""
     chosen = [os.environ.get(setting) for setting in _REGISTRY_SETTINGS]
-    return next(filter(None, [*chosen, _read_npmrc(Path.home() / ".npmrc"), REGISTRY])).rstrip("/")
+    npmrc = Path(os.path.expanduser("~/.npmrc"))  # noqa: PTH111 - Path.home raises where a user has none
+    return next(filter(None, [*chosen, _read_npmrc(npmrc), REGISTRY])).rstrip("/")
 
 
 def _read_npmrc(path: Path) -> str | None:

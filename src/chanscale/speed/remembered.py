@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chanscale import __version__
-from chanscale.errors import one_line
+from chanscale.errors import WeightsError, one_line
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.speed.choice import Calibration
 from chanscale.weights import cache_folder
@@ -23,7 +23,11 @@ _log = logging.getLogger(__name__)
 
 def remember(facts: Mapping[str, Any], found: Calibration) -> None:
     """Keep what was `found` where `facts` hold; where that cannot be written, warn."""
-    path = path_of(facts)
+    try:
+        path = path_of(facts)
+    except WeightsError as error:
+        _log.warning("the speed that was found is not kept: %s", error)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "facts": dict(facts), "found": found.to_dict()}
@@ -42,7 +46,7 @@ def recall(facts: Mapping[str, Any]) -> Calibration | None:
         if content["format"] != FORMAT or content["facts"] != dict(facts):
             return None
         return Calibration.from_dict(content["found"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (WeightsError, OSError, ValueError, LookupError, TypeError):
         return None
 
 

@@ -66,6 +66,7 @@ function describe({ name, classes, multilabel, notice, bytes, runtime }) {
   at("name").textContent = name;
   const listed = classes.length > 6 ? `${classes.length} classes` : classes.join(multilabel ? ", " : " or ");
   at("about").textContent = `${listed} · a model of ${(bytes / 1e6).toPrecision(3)} MB`;
+  if (multilabel) at("heading").textContent = "More probable than not";
   at("notice").textContent = notice;
   at("notice").hidden = !notice || notice === at("research").textContent;
   at("made-with").textContent = `Runs with ${runtime}, on one processor core.`;
@@ -155,16 +156,35 @@ function show(file, bitmap, pixels, outputs, about) {
   at("file-name").textContent = file.name;
   at("colours").hidden = pixels.grey || about.channels !== 1;
   at("bars").replaceChildren(...ranked(shares).map((index) => bar(about.classes[index], shares[index], called.includes(index))));
+  const rules = readByRules(shares, winner, about);
+  at("rules").textContent = rules.join(" ");
+  at("rules").hidden = !rules.length;
   at("result").hidden = false;
   document.body.classList.add("answered");
   drawImage(bitmap, file.name);
   showEvidence();
-  say(`${file.name}: ${verdict}${about.multilabel ? "" : `, ${percent(shares[winner])}`}.`, "done");
+  const answer = `${verdict}${about.multilabel ? "" : `, ${percent(shares[winner])}`}.`;
+  say([`${file.name}: ${answer}`, ...rules].join(" "), "done");
 }
 
 // The most probable class; of several labels, those that are more probable than not.
 function callOf(shares, winner, about) {
   return about.multilabel ? [...shares.keys()].filter((index) => shares[index] > 0.5) : [winner];
+}
+
+// What the operating point and the prediction sets of the model come to, where it has them: a sentence each.
+function readByRules(shares, winner, { classes, operating_point: point, prediction_sets: sets }) {
+  const said = [];
+  if (point) {
+    const from = `${classes[1]} from ${(100 * point.threshold).toPrecision(3)} % on`;
+    const called = shares[1] >= point.threshold ? "Positive" : "Not positive";
+    said.push(`${called} at the operating point (${from}, for a sensitivity of ${point.sensitivity}).`);
+  }
+  if (sets) {
+    const held = classes.filter((_, index) => shares[index] >= sets.least[index] || index === winner);
+    said.push(`Not ruled out, for a coverage of ${sets.coverage}: ${held.join(", ")}.`);
+  }
+  return said;
 }
 
 // The model's order while it can be taken in at a glance, else the most probable first.
