@@ -372,6 +372,20 @@ def test_the_rules_of_the_model_travel_with_the_graph():
     assert told["prediction_sets"]["least"] == (0.3, 0.1)
 
 
+def test_int8_has_not_the_rules_of_other_probabilities(graph):
+    content, _, info = graph
+    described = onnx.load_from_string(content)
+    [entry] = described.metadata_props
+    entry.value = json.dumps(
+        describe_graph(replace(info, prediction_sets=PredictionSets(0.8, (0.3, 0.1), (9, 9))))
+    )
+    small = onnx.load_from_string(
+        quantise_onnx(described.SerializeToString(), draw_examples(1, grey_only=True))
+    )
+    told = {entry.key: entry.value for entry in small.metadata_props}["chanscale"]
+    assert json.loads(told) == describe_graph(info)
+
+
 def test_where_a_network_lay_is_not_told():
     info = replace(INFO, backbone="transformers:/home/someone/patients/resnet")
     assert info.network == "transformers:resnet"

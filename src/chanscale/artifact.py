@@ -39,6 +39,8 @@ METADATA = "chanscale"
 """The one entry of a file's metadata."""
 FEATURES = "head.linear.weight"
 """The tensor that is as wide as the features."""
+RULES = ("operating_point", "prediction_sets")
+"""What a `ModelInfo` calls the rules to read probabilities by."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,7 @@ class ModelInfo:
     @property
     def rules(self) -> dict[str, dict[str, Any]]:
         """The operating point and the prediction sets as plain values, those that are settled."""
-        rules = {"operating_point": self.operating_point, "prediction_sets": self.prediction_sets}
-        return {name: asdict(rule) for name, rule in rules.items() if rule is not None}
+        return {name: asdict(rule) for name in RULES if (rule := getattr(self, name)) is not None}
 
     @property
     def widths(self) -> dict[str, int]:

@@ -15,7 +15,15 @@ from chanscale.data.images import Pixels
 from chanscale.errors import ModelError, one_line
 from chanscale.export.agreement import Agreement, compare, require_agreement
 from chanscale.export.deployed import AXES, WHITE, DeployedClassifier, deploy, dynamic_axes, example_shape
-from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, require_extra, run_session
+from chanscale.export.runtime import (
+    CLASS_MAP,
+    DESCRIPTION,
+    INPUT,
+    PROBABILITIES,
+    open_session,
+    require_extra,
+    run_session,
+)
 from chanscale.programs import Program, quiet, trace_program
 from chanscale.wording import NOTICE
 
@@ -97,6 +105,6 @@ def _finish(graph: Any, description: Mapping[str, Any]) -> bytes:
             if axis.dim_param:
                 axis.dim_param = names.get(axis.dim_param, axis.dim_param)
     graph.producer_name, graph.producer_version = "chanscale", __version__
-    graph.metadata_props.add(key="chanscale", value=json.dumps(description))
+    graph.metadata_props.add(key=DESCRIPTION, value=json.dumps(description))
     content: bytes = graph.SerializeToString()
     return content

@@ -1,12 +1,16 @@
 """Static int8: convolutions whose weights and activations are whole numbers, by ranges seen on training images."""
 
+import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import onnx
+
+from chanscale.artifact import RULES
 from chanscale.data.images import Pixels
 from chanscale.export.agreement import raw_pixels
-from chanscale.export.runtime import INPUT, Floats, require_extra, telling
+from chanscale.export.runtime import DESCRIPTION, INPUT, Floats, require_extra, telling
 from chanscale.programs import quiet
 
 QUANTISED = ["Conv", "Relu", "Clip", "MaxPool"]
@@ -19,7 +23,8 @@ def quantise_onnx(graph: bytes, images: Iterable[Pixels]) -> bytes:
     """Return an int8 copy of a graph of `export_onnx`, calibrated on training `images`: (C, H, W), 16 bits.
 
     Weights are signed, with a scale for each filter; activations unsigned, with ranges from the smallest to the
-    largest value seen. Weights keep 7 bits: processors without VNNI overflow on 8. Raises ConfigError, ModelError.
+    largest value seen. Weights keep 7 bits: processors without VNNI overflow on 8. Its probabilities are others, so it
+    has no operating point and no prediction sets. Raises ConfigError, ModelError.
     """
     require_extra()
     from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
@@ -32,7 +37,18 @@ def quantise_onnx(graph: bytes, images: Iterable[Pixels]) -> bytes:
             ready, whole, _Calibration(images), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTISED,
         )  # fmt: skip
-        return whole.read_bytes()
+        return _forget_rules(whole.read_bytes())
+
+
+def _forget_rules(graph: bytes) -> bytes:
+    """Return `graph` without the rules that were settled on the probabilities of another, in fp32."""
+    model = onnx.load_from_string(graph)
+    for entry in model.metadata_props:
+        if entry.key == DESCRIPTION:
+            told = json.loads(entry.value)
+            entry.value = json.dumps({name: told[name] for name in told if name not in RULES})
+    content: bytes = model.SerializeToString()
+    return content
 
 
 class _Calibration:

@@ -14,6 +14,8 @@ from chanscale.export.denormals import denormals_flushed, flushes_denormals
 
 INPUT, PROBABILITIES, CLASS_MAP = "pixels", "probabilities", "class_map"
 """What graphs call what they take and give."""
+DESCRIPTION = "chanscale"
+"""The entry of a graph's metadata in which it says what it is, as JSON."""
 
 Floats = NDArray[np.float32]
 Run = Callable[[Floats], Floats]
