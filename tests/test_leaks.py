@@ -237,6 +237,19 @@ def test_frames_of_one_file_are_no_pair(reels):
     assert find_leaks(reels, frames="all").count("two patients") == 0
 
 
+def test_many_frames_of_one_file_do_not_hide_a_copy_in_another(tmp_path):
+    # Each of 12 has 11 that are nearer to it than the copy, which is cut: more than are looked at for an image.
+    noise = np.random.default_rng(0)
+    for name, shown in {"a/0": film(0), "b/1": film(1), "b/copy": film(0).crop((0, 4, SIZE, SIZE))}.items():
+        reel = [np.asarray(shown) + noise.normal(0, 1, shown.size[::-1]) for _ in range(12)]
+        write(tmp_path / f"{name}.dcm", np.stack(reel).clip(0, 255).astype(np.uint8), bits=8)
+    found = find_leaks(tmp_path, frames="all")
+    assert {tuple(name.partition("#")[0] for name in pair) for pair in names(found)} == {
+        ("a/0.dcm", "b/copy.dcm")
+    }
+    assert found.count("label conflict") == len(found.pairs) >= 12
+
+
 def test_a_fit_warns_of_frames_as_the_command_shows_them(reels, caplog):
     images = decode_images(open_images(reels, frames="all"), image_size=96, workers=0)
     assert note_leaks(images, Splits((0, 1, 2, 3), (), (4, 5, 6, 7)), Watcher())["pairs"] == 2
@@ -278,6 +291,11 @@ def test_json_has_every_pair(tmp_path, capsys):
     assert pair["images"] == ["a/0_0.png", "b/copy.png"]
     assert pair["labels"] == ["a", "b"]
     assert pair["mirrored"]
+
+
+def test_the_help_promises_no_more_turning_than_is_found(capsys):
+    assert run("--help") == 0
+    assert "turned by a degree or two" in " ".join(capsys.readouterr().out.split())
 
 
 def test_hostile_names_are_escaped(tmp_path, capsys):

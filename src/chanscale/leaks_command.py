@@ -44,7 +44,8 @@ def leaks(
 ) -> None:  # fmt: skip
     """Find images that show one exposure twice: across sides, with two labels, or under two patients.
 
-    Copies that were saved again, resized, cropped a little, turned, mirrored or inverted are found by their pixels.
+    Copies that were saved again, resized, cropped a little, turned by a degree or two, mirrored or inverted are found
+    by their pixels.
     The exit code is 0 when there are none, 1 when there are some, 2 after an error.
     """
     from chanscale.files import require_writable

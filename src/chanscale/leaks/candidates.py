@@ -44,15 +44,21 @@ class Candidates:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def find_candidates(small: NDArray[np.uint8], *, progress: Progress | None = None) -> Candidates:
+def find_candidates(
+    small: NDArray[np.uint8], *, files: NDArray[np.intp] | None = None, progress: Progress | None = None
+) -> Candidates:
     """Return the pairs of thumbnails whose vectors are near in any window, mirrored or not; each pair once.
 
-    All pairs are compared, in matrix products of blocks: time grows with N squared, memory with N.
+    `files` (N,): the number of each image's file; those of one are no pair, and default is a file each. All others are
+    compared, in matrix products of blocks: time grows with N squared, memory with N.
     """
     vectors = fingerprints(small)
+    files = np.arange(len(small)) if files is None else files
     found = [_none()]
     for start in range(0, len(small), _ROWS):
-        found.append(_keep_nearest(_compare_rows(vectors, slice(start, start + _ROWS))))
+        near = _compare_rows(vectors, slice(start, start + _ROWS))
+        # Before the nearest are kept: frames of one file are nearer to each other than to any copy.
+        found.append(_keep_nearest(near.take(files[near.first] != files[near.second])))
         if progress:
             progress(min(start + _ROWS, len(small)), len(small))
     return _once(Candidates.join(found))
@@ -77,9 +83,8 @@ def _compare(rows: Vectors, others: Vectors, start: int, window: int, mirrored: 
             continue
         first, second = np.nonzero(np.abs(cosines) >= NEAR)
         near = cosines[first, second]
-        apart = first + start != second + place
         flags = np.full(len(near), window), np.full(len(near), mirrored), near < 0
-        yield Candidates(first + start, second + place, *flags, np.abs(near)).take(apart)
+        yield Candidates(first + start, second + place, *flags, np.abs(near))
 
 
 def _keep_nearest(found: Candidates) -> Candidates:

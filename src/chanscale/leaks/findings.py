@@ -81,13 +81,7 @@ class Findings:
 
 
 def judge_twins(images: ImageSet, sides: Sequence[Side | None], twins: Sequence[Twins]) -> Findings:
-    """Return what is wrong with these pairs of `images`; `sides` has that of each record.
-
-    Frames of one file are no pair: they look alike, and stay together.
-    """
-    twins = [
-        pair for pair in twins if not _of_one_file(images.records[pair.first], images.records[pair.second])
-    ]
+    """Return what is wrong with these pairs of `images`; `sides` has that of each record."""
     pairs = tuple(_judge(images, sides, pair) for pair in twins)
     return Findings(images, pairs, _join_groups(images, twins))
 
@@ -144,10 +138,6 @@ def contradict(first: ImageRecord, second: ImageRecord) -> bool:
         return first.label != second.label
     pairs = zip(first.labels, second.labels, strict=True)
     return any(one != other and UNKNOWN not in (one, other) for one, other in pairs)
-
-
-def _of_one_file(first: ImageRecord, second: ImageRecord) -> bool:
-    return first.path is not None and first.path == second.path
 
 
 def _join_groups(images: ImageSet, twins: Sequence[Twins]) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from chanscale.artifact import load_model, model_path
 from chanscale.config import Frames, split_names
 from chanscale.data.loading import DecodedImages, decode_images
@@ -106,4 +109,12 @@ def _open(
 
 def _search(decoded: DecodedImages, sides: list[Side | None], watcher: Watcher, least: float) -> Findings:
     small = thumbnails(decoded, progress=partial(watcher.on_step, "making thumbnails"))
-    return judge_twins(decoded.images, sides, find_twins(small, least=least, watcher=watcher))
+    twins = find_twins(small, files=_number_files(decoded.images), least=least, watcher=watcher)
+    return judge_twins(decoded.images, sides, twins)
+
+
+def _number_files(images: ImageSet) -> NDArray[np.intp]:
+    """Return the number of each image's file, (N,): frames of one look alike, and stay together."""
+    numbers: dict[Path | str, int] = {}
+    keys = (record.path or record.name for record in images.records)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)

@@ -38,16 +38,24 @@ class Twins:
 
 
 def find_twins(
-    small: NDArray[np.uint8], *, least: float = SAME, watcher: Watcher | None = None
+    small: NDArray[np.uint8],
+    *,
+    files: NDArray[np.intp] | None = None,
+    least: float = SAME,
+    watcher: Watcher | None = None,
 ) -> list[Twins]:
     """Return the pairs of thumbnails, (N, SIDE, SIDE), that look like one exposure, in the order of their indices.
 
-    What is found does not depend on the order of the images.
+    Images of one file, by its number in `files` (N,), are no pair. What is found does not depend on the order of the
+    images.
     """
     watcher = watcher or Watcher()
     order = np.array(sorted(range(len(small)), key=lambda index: small[index].tobytes()), dtype=np.intp)
     small = small[order]
-    found = find_candidates(small, progress=lambda *done: watcher.on_step("comparing images", *done))
+    found = find_candidates(
+        small, files=None if files is None else files[order],
+        progress=lambda *done: watcher.on_step("comparing images", *done),
+    )  # fmt: skip
     agreed = measure_agreement(
         small, found, progress=lambda *done: watcher.on_step("checking likely pairs", *done)
     )
