@@ -309,7 +309,17 @@ def test_several_labels_are_as_many_questions_of_two_answers():
     for metric in CALIBRATION.values():
         assert metric(shares, labels) == metric(pairs, answers)
     known = labels != UNKNOWN
-    assert find_temperature(logits, labels) == find_temperature(logits[known][:, None], labels[known])
+    found = find_temperature(logits, labels)
+    alike = find_temperature(logits[known][:, None], labels[known])
+    assert (found.value, found.nll_after) == (alike.value, alike.nll_after)
+
+
+def test_images_are_counted_for_the_temperature_and_not_their_labels():
+    logits, labels = drawn()
+    labels[:5], labels[5:, 0], labels[5:, 2] = UNKNOWN, 1, 0
+    assert find_temperature(logits, labels).images == len(labels) - 5
+    few = find_temperature(logits[:24], labels[:24])  # 19 images of which something is known, and more answers
+    assert (few.value, few.reason) == (1, "20 validation images are needed, and there are 19")
 
 
 def test_a_head_reads_each_label_from_the_images_where_it_is_known():

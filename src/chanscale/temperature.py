@@ -49,18 +49,20 @@ def find_temperature(logits: Floats, labels: Ints) -> Temperature:
     """Return the temperature between 0.1 and 10 that minimises the NLL of validation images.
 
     `logits` (N, 1) of the second of two classes, or (N, K); `labels` (N,). Of several labels (N, K), all share one, and
-    each known one counts as an image. The NLL is convex in 1 / T, so that the
+    each known one is an answer of its own; an image counts where one is known. The NLL is convex in 1 / T, so that the
     minimum is the root of its slope, the same each time. It stays 1 with fewer than 20 images, and where all are
     right: then no T is best, as the NLL falls for ever when T does. `reason` also tells of a T at a bound.
     """
+    count = len(labels)
     if labels.ndim == 2:
         known = labels != UNKNOWN
+        count = int(known.any(1).sum())
         logits, labels = logits[known][:, None], labels[known]
-    columns, count = _with_all_classes(logits), len(labels)
     if count < FEWEST:
         return Temperature(1.0, count, f"{FEWEST} validation images are needed, and there are {count}")
+    columns = _with_all_classes(logits)
     others = np.where(np.eye(columns.shape[1], dtype=bool)[labels], -np.inf, columns).max(1)
-    if (columns[np.arange(count), labels] > others).all():
+    if (columns[np.arange(len(labels)), labels] > others).all():
         return Temperature(1.0, count, "all validation images are right, which leaves no best temperature")
     value, before = 1 / _find_inverse(columns, labels), _nll(columns, labels)
     after = _nll(columns / value, labels)
