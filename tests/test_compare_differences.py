@@ -98,6 +98,15 @@ def test_nothing_to_compare_is_not_a_number():
     assert math.isnan(paired_difference([(one, one)]).value)
 
 
+def test_of_one_patient_there_is_a_difference_and_no_interval():
+    labels = np.arange(6) % 2
+    one, other = (scores(values, labels, ["p"] * 6) for values in (0.2 + 0.6 * labels, np.full(6, 0.5)))
+    found = paired_difference([(one, other)])
+    assert found.value == pytest.approx(0.5)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
 def test_the_mean_has_a_t_interval():
     found = mean_interval([0.8, 0.9, math.nan])
     # t of one degree of freedom is 12.706; the standard error is 0.05.

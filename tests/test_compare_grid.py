@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -384,7 +385,7 @@ def test_a_whole_grid_is_drawn(folder):
         "cells", "grid.json", "table.md", "cells.csv", "accuracy_size.png", "small_data.png",
     }  # fmt: skip
     table = (folder.out / "table.md").read_text()
-    assert "| head | 25 | 6 | 1 | 0.810 [0.801, 0.819] | +0." in table
+    assert "| head | 25 | 6 | 1 | 0.810 [0.785, 0.835] | +0." in table
     assert "chosen on n validation images at most" in table
     assert "missing" not in table
     listed = list(csv.DictReader((folder.out / "cells.csv").read_text().splitlines()))
@@ -574,7 +575,7 @@ def rows_that_keep(kept):
 
 
 @pytest.mark.parametrize("folds", [1, 2, 3])
-def test_an_interval_of_two_cells_which_spans_nearly_everything_is_not_drawn(folds):
+def test_an_interval_of_two_folds_which_spans_nearly_everything_is_not_drawn(folds):
     rows = make_rows([make_result(Cell("head", None, fold, 0)) for fold in range(folds)], ["head"])
     [axes] = draw_accuracy_size(rows).axes
     [[_, _, [arm]]] = [container.lines for container in axes.containers]
@@ -622,6 +623,26 @@ def test_methods_that_keep_as_many_stand_side_by_side():
     assert np.mean(np.log(places[:4])) == pytest.approx(np.mean(np.log([*kept.values()][:4])))
     assert places[4] == pytest.approx(500)
     assert axes.get_xlabel().endswith("side by side)")
+
+
+def test_more_seeds_of_the_same_folds_make_no_interval_narrower():
+    def auc_of(folds, seeds):
+        cells = [Cell("head", None, fold, seed) for fold in range(folds) for seed in range(seeds)]
+        [row] = make_rows([make_result(cell) for cell in cells], ["head"])  # all seeds of a fold agree
+        assert (row.folds, len(row.results)) == (folds, folds * seeds)
+        return row.auc
+
+    once, often = auc_of(3, 1), auc_of(3, 10)
+    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
+    of_one = auc_of(1, 3)
+    assert of_one.value == pytest.approx(0.8)
+    assert math.isnan(of_one.low)
+
+
+def test_a_fold_counts_as_its_others_do_however_many_seeds_it_has():
+    cells = [Cell("head", None, 0, 0), Cell("head", None, 0, 1), Cell("head", None, 2, 0)]
+    [row] = make_rows([make_result(cell) for cell in cells], ["head"])
+    assert row.auc.value == pytest.approx((0.80 + 0.82) / 2)
 
 
 @pytest.mark.parametrize(("aucs", "high"), [((0.8, 0.99), 1.0), ((0.8, 0.81, 0.8), 0.818)])

@@ -221,6 +221,18 @@ def test_models_that_err_apart_are_better_together_and_the_words_say_so():
     assert f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" in said
 
 
+def test_of_one_patient_nothing_tells_whether_averaging_helps():
+    answers = make_answers((0.8,) * 8, images=60)
+    records = tuple(replace(record, group="one") for record in answers.images.records)
+    judged = judge_average(replace(answers, images=replace(answers.images, records=records)), resamples=50)
+    assert judged["auc"]["difference"]["value"] > 0
+    assert not judged["helped"]
+    assert not judged["hurt"]
+    said = describe_average(judged)
+    assert said.endswith(": too few images or patients to tell.")
+    assert "nan" not in said
+
+
 def test_an_average_that_ranks_worse_is_called_harm():
     answers = make_answers((3.0,) * 3, noise=0.3)
     answers.probabilities[2] = answers.probabilities[2, :, ::-1] ** 50  # sure, and the wrong way round

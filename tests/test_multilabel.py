@@ -318,7 +318,9 @@ def test_images_are_counted_for_the_temperature_and_not_their_labels():
     logits, labels = drawn()
     labels[:5], labels[5:, 0], labels[5:, 2] = UNKNOWN, 1, 0
     assert find_temperature(logits, labels).images == len(labels) - 5
-    few = find_temperature(logits[:24], labels[:24])  # 19 images of which something is known, and more answers
+    few = find_temperature(
+        logits[:24], labels[:24]
+    )  # 19 images of which something is known, and more answers
     assert (few.value, few.reason) == (1, "20 validation images are needed, and there are 19")
 
 

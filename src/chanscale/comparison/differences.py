@@ -1,4 +1,4 @@
-"""How sure the figures of a comparison are: intervals over cells, and paired differences over test images."""
+"""How sure the figures of a comparison are: intervals over folds, and paired differences over test images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Scores:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Return the mean and its 95 % t interval; of one value, without an interval. nan are left out."""
+    """Return the mean of independent values and its 95 % t interval; of one, without an interval. nan are left out."""
     defined = np.array([value for value in values if not math.isnan(value)])
     if len(defined) < 2:
         return Estimate(float(defined[0]) if len(defined) else math.nan, math.nan, math.nan)
@@ -50,13 +50,15 @@ def paired_difference(
     Both of a pair scored the same images. Each pair has AUCs of its own, since scores of two models have no common
     scale; the difference is their mean. Patients are drawn from all test images together, and one that was tested in
     several cells counts alike in all. The interval knows of other patients, not of other trainings. nan where no
-    pair has every class.
+    pair has every class; of one patient alone there is no interval.
     """
     if not pairs:
         return Estimate(math.nan, math.nan, math.nan)
     index = {group: place for place, group in enumerate(sorted({g for one, _ in pairs for g in one.groups}))}
     members = [np.array([index[group] for group in one.groups]) for one, _ in pairs]
     value = _differences(pairs, members, np.ones((1, len(index))))
+    if len(index) < 2:
+        return Estimate(float(value[0]), math.nan, math.nan)
     rng = np.random.default_rng(seed)
     draws = [
         _differences(pairs, members, rng.multinomial(len(index), np.full(len(index), 1 / len(index)), count))

@@ -105,8 +105,8 @@ def _stand_apart(places: Mapping[str, float]) -> dict[str, float]:
 
 def _mark(axes: Axes, places: Sequence[float], rows: Sequence[Row], look: Look, *, line: bool) -> None:
     means = [row.auc.value for row in rows]
-    # That of two cells spans nearly everything, and would press all others flat.
-    drawn = [len(row.results) > 2 and not math.isnan(row.auc.low) for row in rows]
+    # That of two folds spans nearly everything, and would press all others flat.
+    drawn = [row.folds > 2 and not math.isnan(row.auc.low) for row in rows]
     arms = [
         [row.auc.value - row.auc.low if shown else 0 for row, shown in zip(rows, drawn, strict=True)],
         [row.auc.high - row.auc.value if shown else 0 for row, shown in zip(rows, drawn, strict=True)],

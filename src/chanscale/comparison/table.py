@@ -26,6 +26,7 @@ COLUMNS = (
 class Row:
     """One method on one size: means over its cells; `difference` is the AUC of ours less its, None for ours.
 
+    `auc` is a mean over folds, and its interval one over them, as seeds of a fold are tested on the same patients.
     `ours`: that with the common options; for a baseline at a budget of its own, ours at the same, if that is there.
     `results`: those chosen, one of each fold and seed. `tries`: of how many, the least and the most.
     """
@@ -37,6 +38,11 @@ class Row:
     auc: Estimate
     ours: str | None
     difference: Estimate | None
+
+    @property
+    def folds(self) -> int:
+        """How many folds there are cells of."""
+        return len({result["cell"]["fold"] for result in self.results})
 
     def mean(self, *path: str) -> float:
         """Return the mean of a figure of the cells, such as `("macs", "kept")`; nan are left out."""
@@ -110,8 +116,8 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     reference = next((row.method for row in rows if row.difference is None), None)
     budgeted = ", ".join(dict.fromkeys(row.method for row in rows if row.ours != reference))
     notes = [
-        "Means over cells. In brackets, 95 %: behind the AUC a t interval over cells, whose training images overlap, "
-        "which makes it somewhat narrow; it ends at 1.",
+        "Means over cells. In brackets, 95 %: behind the AUC a t interval over folds, each the mean of its seeds; their "
+        "training images overlap, which makes it somewhat narrow; it ends at 1. Of one fold there is none.",
         "Tries: cells that differ in the learning rate alone; of these, the one with the best validation AUC counts. "
         "1-3: some have fewer.",
         "Seconds: of the chosen training, from files to a trained classifier; processor s: those computed meanwhile, "
@@ -172,12 +178,20 @@ def _make_row(
         common = sorted(tries.keys() & others.keys())
         difference = paired_difference([_pair(choose(others[key]), chosen[key]) for key in common])
     counts = [len(several) for several in tries.values()]
-    auc = _cut_off(mean_interval([find(result, "auc") for result in chosen.values()]))
+    auc = _cut_off(_average_folds(chosen))
     return Row(method, size, tuple(chosen.values()), (min(counts), max(counts)), auc, ours, difference)
 
 
+def _average_folds(chosen: Mapping[tuple[int, int], Result]) -> Estimate:
+    """Return the mean AUC of the folds with its interval, each the mean of its seeds; `chosen`: by fold and seed."""
+    folds: dict[int, list[float]] = {}
+    for (fold, _), result in chosen.items():
+        folds.setdefault(fold, []).append(find(result, "auc"))
+    return mean_interval([mean_interval(aucs).value for aucs in folds.values()])
+
+
 def _cut_off(auc: Estimate) -> Estimate:
-    """Return the interval of an AUC without what lies outside of 0 and 1, where a t interval of few cells may reach."""
+    """Return the interval of an AUC without what lies outside of 0 and 1, where a t interval of few folds may reach."""
     return Estimate(auc.value, max(auc.low, 0.0), min(auc.high, 1.0))
 
 

@@ -47,16 +47,18 @@ def describe_average(judged: dict[str, Any] | None) -> str:
         )
     auc = judged["auc"]
     difference = auc["difference"]
+    sure = not math.isnan(difference["low"])
+    interval = f" [{difference['low']:+.3f}, {difference['high']:+.3f}]" if sure else ""
     return (
         f"The average of the {judged['models']} models, on {judged['images']} images in no fold: "
         f"AUC {auc['ensemble']['value']:.3f}, a single model {auc['single']['value']:.3f}; "
-        f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]: {_say(judged)}."
+        f"{difference['value']:+.3f}{interval}: {_say(judged)}."
     )
 
 
 def _say(judged: dict[str, Any]) -> str:
     if math.isnan(judged["auc"]["difference"]["low"]):
-        return "too few images to tell"
+        return "too few images or patients to tell"
     if judged["helped"]:
         return "it helped"
     return "it did harm" if judged["hurt"] else "that it helps is not shown"

@@ -17,7 +17,7 @@ COLOUR = 1 / 512
 
 WORDS = {
     "pixels": "its grey levels, taken together, are unlike those of the training images",
-    "appearance": "its shape differs",
+    "appearance": "where it is bright and dark differs",
     "spectrum": "its coarse and fine detail, taken together, are unlike those of the training images",
     "features": "its features are far from those of the training images",
     "together": "its grey levels and its features, taken together, are unlike those of the training images",
