@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import tiny_backbone
-from chanscale import cli
+from chanscale import cli, explain_run
 from chanscale.artifact import load_model, read_model, write_tensors
 from chanscale.commands import _show_run as show_run
 from chanscale.data.loading import DecodedImages, decode_images
@@ -23,14 +23,14 @@ from chanscale.decision_rules import DecisionRules, settle_rules, temper
 from chanscale.delta import Restorer, save_delta
 from chanscale.display import describe_evaluation, describe_predictions
 from chanscale.errors import ArtifactError, ConfigError
-from chanscale.evaluation import evaluate, predict_logits
+from chanscale.evaluation import Evaluation, evaluate, predict_logits
 from chanscale.metrics import mean_auc
 from chanscale.operating_point import OperatingPoint
 from chanscale.pipeline import Run, scale_and_select
-from chanscale.predictions import Predictions
+from chanscale.predictions import Predictions, predict_images
 from chanscale.progress import Watcher
 from chanscale.report import describe_run
-from chanscale.report_page import material
+from chanscale.report_page import material, mistakes
 from chanscale.report_page.writing import build_report
 from networks import same_tensors
 from test_report import printed
@@ -309,6 +309,51 @@ def test_the_report_starts_at_the_operating_point_and_shows_both_calibrations(tw
     plain = (two.plain.folder / "report.html").read_text()
     assert "What it cannot rule out" not in plain
     assert "Before calibration" not in plain
+
+
+def test_the_report_counts_the_mistakes_that_its_matrix_shows(two):
+    page, point = (two.run.folder / "report.html").read_text(), two.run.info.operating_point
+    judged = evaluate(two.run.model, two.images, two.splits.test)
+    wrong = int((point.call(judged.probabilities) != (judged.labels == 1)).sum())
+    shown = {name: int(re.search(f'<output id="{name}">([0-9]+)<', page).group(1)) for name in ("fp", "fn")}
+    assert shown["fp"] + shown["fn"] == wrong
+    assert f"{wrong} were called wrongly at the threshold of {point.threshold:.3f}." in page
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.98])
+def test_a_mistake_is_one_at_the_operating_point(threshold):
+    shares = np.array([[0.9, 0.1], [0.1, 0.9]] * 2, np.float32)
+    labels = np.array([0, 0, 1, 1])
+    judged = Evaluation(tuple("abcd"), np.arange(4).astype(str), labels, shares[:, 1:], shares, {})
+    point = OperatingPoint(threshold, 0.9, 20, 3)
+    called = [int(threshold < 0.5)] * 4  # all of them, or none
+    found = mistakes._worst(judged, point)
+    assert {one.place for one in found} == set(np.flatnonzero(called != labels).tolist())
+    assert all(one.probability == shares[one.place, one.called] for one in found)
+    assert mistakes.count_mistakes(judged, point) == mistakes.count_mistakes(judged, None) == 2
+    assert {one.place for one in mistakes._worst(judged, None)} == {1, 2}
+
+
+def test_explain_says_of_an_image_what_predict_says_of_it(two, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for record in two.images.images.records[:12]:
+        Image.fromarray(record.pixels).save(folder / record.name)
+    predicted = predict_images(two.run.model, two.run.info, [folder]).to_dicts()
+    assert cli.run(["explain", str(two.run.folder), str(folder), "--out", str(tmp_path / "why")]) == 0
+    shown = capsys.readouterr().out.split()
+    assert {"positive", "ruled", "yes", "no"} <= set(shown)
+    index = json.loads((tmp_path / "why" / "index.json").read_text())
+    for name in ("predicted", "called_positive", "prediction_set"):
+        assert [entry[name] for entry in index["images"]] == [row[name] for row in predicted]
+    assert len({row["called_positive"] for row in predicted}) == 2
+
+
+def test_explain_says_nothing_of_rules_that_a_run_has_not(two, tmp_path):
+    record = two.images.images.records[0]
+    Image.fromarray(record.pixels).save(tmp_path / record.name)
+    [entry] = explain_run(two.plain.folder, tmp_path / record.name, out=tmp_path / "why").index["images"]
+    assert not {"called_positive", "prediction_set"} & entry.keys()
 
 
 def test_a_run_of_an_older_version_has_a_report(two, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from chanscale.pruning import prune_channels
 from chanscale.selection import ChannelSelection
 from chanscale.wording import NOTICE
 from networks import attach, build_classifier, describe, plain_trunk, randomise, renew_statistics, set_scales
-from test_cli import draw, error_of, files_below, words
+from test_cli import OPTIONS, draw, error_of, files_below, words
 from test_export import make_run
 from tiny_backbone import TinyTrunk
 from tiny_fits import tiny_config
@@ -93,6 +93,15 @@ def test_the_figures_are_those_of_predict_and_add_up(request, tmp_path, fixture)
         assert told["rest"]["channels"] == info.widths["trunk.features.6"] - 2
         assert told["map"]["mean"] == pytest.approx(told["logit"], rel=1e-6)
         assert told["notice"] == NOTICE
+
+
+def test_a_colour_image_is_named_where_the_model_takes_grey_ones_alone(made, tmp_path, capsys):
+    run = tmp_path / "grey"
+    assert cli.run(["fit", str(made[1]), "--out", str(run), *OPTIONS, "--fold-grey"]) == 0
+    capsys.readouterr()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "colour.png")
+    line = error_of(capsys, ["explain", run, tmp_path / "colour.png", "--out", tmp_path / "why"])
+    assert "colour.png is in colour, and the model takes grey images alone" in line
 
 
 def test_two_classes_are_explained_by_the_log_odds_of_the_second(made, tmp_path):

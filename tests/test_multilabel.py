@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from chanscale.data.sources import ImageRecord, ImageSet
 from chanscale.data.splits import read_splits, split_images, write_splits
 from chanscale.errors import DataError, SplitError
 from chanscale.evaluation import evaluate
+from chanscale.explain_command import _describe_shares
 from chanscale.leaks.findings import contradict
 from chanscale.metrics import accuracy, area_under_roc, as_pairs, estimate, label_auc, mean_auc, resample
 from chanscale.novelty.storage import find_novelty
@@ -420,6 +422,15 @@ def test_exports_say_what_the_run_says_label_by_label(made, tmp_path, form):
     run, table = made
     exported = export_run(run, form, out=tmp_path / "model", images=table)
     assert exported.agreement.difference < 1e-4
+
+
+def test_the_table_of_explain_gives_each_label_its_share_and_of_none_the_nearest():
+    def shown(*shares):
+        told = dict(zip(CLASSES, shares, strict=True))
+        return _describe_shares(SimpleNamespace(shares=told, multilabel=True))
+
+    assert shown(0.9, 0.2, 0.6) == f"{CLASSES[0]} 90.0 %, {CLASSES[2]} 60.0 %"
+    assert shown(0.1, 0.3, 0.2) == f"at most 30.0 % ({CLASSES[1]})"
 
 
 def test_explain_takes_a_label_apart(made, tmp_path, capsys):

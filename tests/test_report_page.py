@@ -249,13 +249,18 @@ def test_a_network_of_very_many_channels_is_drawn_in_bars(fitted, monkeypatch):
 def test_the_worst_mistakes_come_first_and_are_mistakes(fitted):
     judged = fitted.material.judged
     shown = mistakes.find_mistakes(fitted.material, names=True)
-    assert 0 < len(shown) == min(8, mistakes.count_mistakes(judged))
+    assert 0 < len(shown) == min(8, mistakes.count_mistakes(judged, None))
     assert [one.probability for one in shown] == sorted((one.probability for one in shown), reverse=True)
     for one in shown:
         place = judged.names.index(one.title)
         assert one.label == fitted.material.info.classes[judged.labels[place]] != one.called
     assert all(one.overlay != one.picture for one in shown)
-    assert f"{mistakes.count_mistakes(judged)} were called wrongly" in fitted.page.text
+    assert f"{mistakes.count_mistakes(judged, None)} were called wrongly." in fitted.page.text
+
+
+def test_the_page_says_what_the_intervals_of_calibration_do_not_know(fitted):
+    assert "Whiskers: 95 % intervals, as if images were independent" in fitted.page.text
+    assert "its interval may lie above it" in fitted.page.text
 
 
 def test_evidence_is_painted_in_orange_where_it_is_for_and_blue_where_against():

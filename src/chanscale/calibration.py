@@ -41,7 +41,8 @@ def calibration_error(probabilities: Floats, labels: Ints) -> float:
     """Mean distance of what is said from what is right, over ten bins of as many images each (ECE).
 
     Of what is said, `said_and_right` tells. Bins of equal width hold few images where few lie, and the error of a bin
-    of few is mostly chance: equal mass is less biased (Roelofs et al. 2022), and not without bias either.
+    of few is mostly chance: equal mass is less biased (Roelofs et al. 2022), and not without bias either. Chance pushes
+    it up, as gaps have no sign, and a bootstrap draw adds chance of its own: its interval may lie wholly above it.
     """
     said, right = said_and_right(probabilities, labels)
     if not len(said):

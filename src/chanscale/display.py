@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 AT_POINT = ("sensitivity", "specificity", "ppv", "npv")
 """The figures of an operating point."""
+RULES = {"called_positive": "positive", "prediction_set": "not ruled out"}
+"""What the rules of a model say of an image, and how a table calls it."""
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -243,13 +245,12 @@ def describe_predictions(predictions: Sequence[Mapping[str, Any]]) -> Table:
     if not predictions:
         return describe_rows(["image"], [])
     first = predictions[0]
-    rules = {"called_positive": "positive", "prediction_set": "not ruled out"}
-    named = [title for name, title in rules.items() if name in first]
+    named = [title for name, title in RULES.items() if name in first]
     judged = ["unlike the training images"] if "flagged" in first else []
     rows = [
         [
             item["image"], item["predicted"], *(f"{share:.3f}" for share in item["probabilities"].values()),
-            *(_describe_rule(item[name]) for name in rules if name in item),
+            *describe_rules(item),
             *(_describe_novelty(item) for _ in judged),
         ]
         for item in predictions
@@ -262,5 +263,7 @@ def _describe_novelty(item: Mapping[str, Any]) -> str:
     return "; ".join([*said, *(["near tie"] if item["near_tie"] else [])])
 
 
-def _describe_rule(said: bool | Sequence[str]) -> str:
-    return ("yes" if said else "no") if isinstance(said, bool) else ", ".join(said)
+def describe_rules(item: Mapping[str, Any]) -> list[str]:
+    """Return what the rules of a model say of one image, those that it has, in the order of `RULES`."""
+    said = [item[name] for name in RULES if name in item]
+    return [("yes" if one else "no") if isinstance(one, bool) else ", ".join(one) for one in said]

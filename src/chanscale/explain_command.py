@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from chanscale.cli_options import FramesOption, JsonOption, RunArgument
-from chanscale.display import describe_rows, out, say, show_json, watching
+from chanscale.display import RULES, describe_rows, describe_rules, out, say, show_json, watching
 
 if TYPE_CHECKING:
     from chanscale.explain.answers import Answer
@@ -51,7 +51,8 @@ def explain(
 
 
 def _show(explained: "Explained") -> None:
-    columns = ("image", "predicted", "probability", "logit", "largest contributions")
+    named = [title for name, title in RULES.items() if name in explained.answers[0].rules]
+    columns = ("image", "predicted", "probability", *named, "logit", "largest contributions")
     out.print(describe_rows(columns, [_row(answer) for answer in explained.answers]))
     say(f"{explained.folder}: a picture and its figures for each image, and index.json")
     say(explained.index["notice"])
@@ -59,11 +60,21 @@ def _show(explained: "Explained") -> None:
 
 def _row(answer: "Answer") -> tuple[str, ...]:
     from chanscale.explain.evidence import signed
-    from chanscale.explain.overlays import percent_of
     from chanscale.explain.places import shown_name
 
     largest = ", ".join(
         f"{part.circuit.channel.text} {signed(part.contribution)}" for part in answer.channels[:2]
     )
-    share = percent_of(max(answer.shares.values()))
-    return shown_name(answer.name), answer.predicted, share, signed(answer.logit), largest
+    told = (answer.predicted, _describe_shares(answer), *describe_rules(answer.rules), signed(answer.logit))
+    return shown_name(answer.name), *told, largest
+
+
+def _describe_shares(answer: "Answer") -> str:
+    """Return how probable what is predicted is: of several labels each, and of none the nearest."""
+    from chanscale.explain.overlays import percent_of
+
+    nearest, highest = max(answer.shares.items(), key=lambda item: item[1])
+    if not answer.multilabel:
+        return percent_of(highest)
+    held = [f"{name} {percent_of(share)}" for name, share in answer.shares.items() if share > 0.5]
+    return ", ".join(held) or f"at most {percent_of(highest)} ({nearest})"

@@ -116,7 +116,7 @@ def to_markdown(rows: Sequence[Row], *, missing: int) -> str:
     reference = next((row.method for row in rows if row.difference is None), None)
     budgeted = ", ".join(dict.fromkeys(row.method for row in rows if row.ours != reference))
     notes = [
-        "Means over cells. In brackets, 95 %: behind the AUC a t interval over folds, each the mean of its seeds; their "
+        "Means over cells. In brackets, 95 %: behind the AUC a t interval over folds, each a mean of its seeds, whose "
         "training images overlap, which makes it somewhat narrow; it ends at 1. Of one fold there is none.",
         "Tries: cells that differ in the learning rate alone; of these, the one with the best validation AUC counts. "
         "1-3: some have fewer.",

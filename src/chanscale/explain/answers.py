@@ -1,7 +1,7 @@
 """What is told of one image: its answer, the channels that made it, and the map that is shown."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from chanscale.explain.patches import read_grey
 from chanscale.explain.places import shown_name
 from chanscale.explain.survey import Survey
 from chanscale.metrics import name_answer
+from chanscale.predictions import Predictions
 from chanscale.wording import NOTICE
 
 
@@ -54,7 +55,8 @@ class Answer:
     """An image by `name`, the probability of each class, the logit explained, and the map that shows why.
 
     `logit` = `bias` + the contributions of the top `channels`, the largest first + `rest`, the sum of the `others`.
-    Where the network does not end in maps, there is no bias, and there are no channels.
+    Where the network does not end in maps, there is no bias, and there are no channels. `rules`: what `predict` says
+    besides, of a model with an operating point or prediction sets: `called_positive`, `prediction_set`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Answer:
     rest: float = 0.0
     usual_logit: float | None = None
     multilabel: bool = False
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def predicted(self) -> str:
@@ -81,6 +84,7 @@ class Answer:
             "image": shown_name(self.name),
             "predicted": self.predicted,
             "probabilities": dict(self.shares),
+            **self.rules,
             "explained": self.subject.name,
             "logit": self.logit,
         }
@@ -119,8 +123,23 @@ def answer_image(survey: Survey, index: int, *, top: int, method: Method) -> Ans
         logit=float(survey.logits[index, subject.target]),
         evidence=_show(survey, index, subject, method),
         multilabel=survey.info.multilabel,
+        rules=_apply_rules(survey, index),
     )
     return answer if survey.parts is None else _with_channels(answer, survey, top)
+
+
+def _apply_rules(survey: Survey, index: int) -> dict[str, Any]:
+    """Return what the rules of the model say of one image, by the names that `predict` has for them."""
+    info, shares = survey.info, survey.shares[[index]].numpy()
+    said = Predictions(
+        ("",),
+        info.classes,
+        shares,
+        operating_point=info.operating_point,
+        prediction_sets=info.prediction_sets,
+    )
+    found = {"called_positive": said.called_positive, "prediction_set": said.sets}
+    return {name: values[0] for name, values in found.items() if values is not None}
 
 
 def _show(survey: Survey, index: int, subject: Subject, method: Method) -> Evidence:
@@ -169,10 +188,21 @@ def picture_of(answer: Answer, survey: Survey) -> Overlay:
         against=answer.subject.against,
         verdict=answer.predicted,
         shares=answer.shares,
+        rules=_describe_rules(answer),
         bars=_bars(answer),
         sum_name=answer.subject.name,
         caption=answer.evidence.caption,
     )
+
+
+def _describe_rules(answer: Answer) -> list[str]:
+    lines = []
+    if "called_positive" in answer.rules:
+        called = answer.rules["called_positive"]
+        lines.append(f"At the operating point: {'positive' if called else 'negative'}")
+    if "prediction_set" in answer.rules:
+        lines.append(f"Not ruled out: {', '.join(answer.rules['prediction_set'])}")
+    return lines
 
 
 def _bars(answer: Answer) -> list[Bar]:

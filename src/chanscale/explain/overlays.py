@@ -48,7 +48,7 @@ class Overlay:
     """What is drawn of one image.
 
     `values` (h, w): the map, positive `towards` a class, negative `against` it. `bars` add up to the logit that is
-    called `sum_name`; there may be none.
+    called `sum_name`; there may be none. `rules`: lines on what the rules of the model make of the `shares`.
     """
 
     title: str
@@ -58,6 +58,7 @@ class Overlay:
     against: str
     verdict: str
     shares: Mapping[str, float]
+    rules: Sequence[str]
     bars: Sequence[Bar]
     sum_name: str
     caption: str
@@ -126,7 +127,7 @@ def _shown_size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _panel_height(overlay: Overlay) -> int:
-    return 150 + 24 * len(overlay.shares) + 40 * (len(overlay.bars) + 1)
+    return 150 + 24 * (len(overlay.shares) + len(overlay.rules)) + 40 * (len(overlay.bars) + 1)
 
 
 def _draw_image(axes: Axes, overlay: Overlay, place: tuple[int, int, int, int]) -> None:
@@ -164,6 +165,9 @@ def _draw_panel(axes: Axes, overlay: Overlay, left: int, top: int) -> int:
     for name, share in overlay.shares.items():
         _write(axes, left, y, _cut(name, 42), size=10.5)
         _write(axes, left + _PANEL, y, percent_of(share), size=10.5, ha="right")
+        y += 24
+    for line in overlay.rules:
+        _write(axes, left, y, _cut(line, 58), size=9.5, color=_SOFT)
         y += 24
     if not overlay.bars:
         return y

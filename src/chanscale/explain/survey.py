@@ -83,7 +83,7 @@ def survey_images(
         )
     own = None if data is None else open_own_images(data, model_path(run), info)
     images = decode_images(
-        open_unlabelled(paths, info, frames=frames), image_size=info.image_size,
+        open_unlabelled(paths, info, frames=frames), image_size=info.image_size, most_channels=info.most_channels,
         progress=_step(progress, "decoding images"),
     )  # fmt: skip
     batches = _batches(images, _step(progress, "running the model"))

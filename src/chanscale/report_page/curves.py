@@ -39,7 +39,7 @@ class Roc:
 class Bin:
     """Images whose probability lies in [low, high): how many, their mean probability, and how many were right.
 
-    `share_low`, `share_high`: the 95 % interval of that share (Wilson 1927).
+    `share_low`, `share_high`: the 95 % interval of that share (Wilson 1927), as if the images were independent.
     """
 
     low: float

@@ -20,6 +20,7 @@ from chanscale.errors import UnreadableImageError
 from chanscale.evaluation import Evaluation
 from chanscale.export.examples import spread
 from chanscale.modes import device_of
+from chanscale.operating_point import OperatingPoint
 from chanscale.report_page.material import Material
 from chanscale.wording import printable
 
@@ -65,23 +66,26 @@ class Mistake:
 def find_mistakes(material: Material, *, names: bool) -> list[Mistake]:
     """Return the wrong test images, the most confident first, eight at most; named only if `names`."""
     judged = material.judged
-    worst = _worst(judged) if judged else []
+    worst = _worst(judged, material.info.operating_point) if judged else []
     usual = find_usual_map(material) if worst else None
     return [_describe(material, judged, place, usual, names=names) for place in worst] if judged else []
 
 
-def count_mistakes(judged: Evaluation) -> int:
-    """Return how many images the most probable class is wrong for; of several labels, how many answers are wrong."""
-    return len(_find_wrong(judged))
+def count_mistakes(judged: Evaluation, point: OperatingPoint | None) -> int:
+    """Return how many images are called wrongly: at the operating point, or else by their most probable class.
+
+    Of several labels, how many answers are wrong.
+    """
+    return len(_find_wrong(judged, point))
 
 
-def _find_wrong(judged: Evaluation) -> list[_Wrong]:
+def _find_wrong(judged: Evaluation, point: OperatingPoint | None) -> list[_Wrong]:
     """Return what was answered wrongly, in the order of the images."""
     shares, labels = judged.probabilities, judged.labels
     if labels.ndim == 1:
-        called = shares.argmax(1)
+        called = point.call(shares).astype(int) if point else shares.argmax(1)
         return [
-            _Wrong(place, int(called[place]), float(shares[place].max()))
+            _Wrong(place, int(called[place]), float(shares[place, called[place]]))
             for place in np.flatnonzero(called != labels).tolist()
         ]
     said = shares > 0.5
@@ -92,8 +96,8 @@ def _find_wrong(judged: Evaluation) -> list[_Wrong]:
     ]
 
 
-def _worst(judged: Evaluation) -> list[_Wrong]:
-    return sorted(_find_wrong(judged), key=lambda one: -one.confidence)[:MOST]
+def _worst(judged: Evaluation, point: OperatingPoint | None) -> list[_Wrong]:
+    return sorted(_find_wrong(judged, point), key=lambda one: -one.confidence)[:MOST]
 
 
 def _describe(

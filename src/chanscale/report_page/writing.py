@@ -133,7 +133,7 @@ def _describe_quality(material: Material) -> dict[str, Any]:
         "matrix": matrix.tolist() if matrix is not None and len(matrix) <= MOST_CLASSES else None,
         "confusions": [] if matrix is None else _list_confusions(matrix, material.info.classes),
         "labels": _describe_labels(material, judged) if several else None,
-        "mistakes": count_mistakes(judged),
+        "mistakes": count_mistakes(judged, material.info.operating_point),
         "operating": _describe_start(start) if start else None,
         "data": {**asdict(thresholds), "frame": _frame(), "start": asdict(start)}
         if thresholds and start
