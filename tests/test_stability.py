@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from chanscale import cli, measure_stability
+from chanscale.config import FitConfig
 from chanscale.errors import ConfigError
 from chanscale.explain.stability import STABILITY, agree_on_channels, agree_on_maps, jaccard
 from chanscale.files import to_json
@@ -101,9 +102,16 @@ def test_maps_of_other_images_or_sizes_are_refused():
         agree_on_maps([np.ones((3, 2, 2)), np.ones((3, 4, 4))])
 
 
+def copy_as(run, folder, seed):
+    """Copy a run, and let the copy say that it has another seed."""
+    shutil.copytree(run, folder)
+    config = FitConfig.read(folder / "config.yaml").model_copy(update={"seed": seed})
+    (folder / "config.yaml").write_text(config.to_yaml())
+
+
 def test_a_run_agrees_with_its_own_copy(runs, tmp_path):
     first, _, data = runs
-    shutil.copytree(first, tmp_path / "copy")
+    copy_as(first, tmp_path / "copy", seed=7)
     found = measure_stability([first, tmp_path / "copy"], data)
     assert found.channels.mean == 1.0
     assert found.maps.mean == pytest.approx(1.0)
@@ -164,6 +172,13 @@ def test_a_damaged_file_is_one_line(runs, tmp_path, capsys, content):
     line = error_of(capsys, ["report", tmp_path / "run", f"--images={data}"])
     assert STABILITY in line
     assert "chanscale stability" in line
+
+
+def test_runs_of_one_seed_such_as_two_folds_are_refused(runs, capsys, tmp_path):
+    first, second, data = runs
+    shutil.copytree(first, tmp_path / "fold")
+    line = error_of(capsys, ["stability", first, second, tmp_path / "fold", f"--images={data}"])
+    assert f"got seed=0 in {first} and {tmp_path / 'fold'}" in line
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_refused(runs, capsys, tmp_path):

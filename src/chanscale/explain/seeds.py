@@ -116,7 +116,8 @@ def _load(file: Path) -> tuple[Classifier, ModelInfo]:
 
 def _require_alike(files: Sequence[Path], infos: Sequence[ModelInfo]) -> None:
     """Raise ConfigError unless the runs have one network, one task, and options that differ in the seed alone."""
-    first, options = infos[0], [_read_options(file) for file in files]
+    configs = [FitConfig.read(file.with_name("config.yaml")) for file in files]
+    first, options = infos[0], [_leave_idle(config) for config in configs]
     for file, own in zip(files, options, strict=True):
         if other := sorted(name for name in own if own[name] != options[0][name]):
             name = other[0]
@@ -130,6 +131,18 @@ def _require_alike(files: Sequence[Path], infos: Sequence[ModelInfo]) -> None:
                 f"wanted runs that differ in their seed alone, got {first.network} for {', '.join(first.classes)} in "
                 f"{files[0].parent} and {info.network} for {', '.join(info.classes)} in {file.parent}"
             )
+    _require_other_seeds(files, [config.seed for config in configs])
+
+
+def _require_other_seeds(files: Sequence[Path], seeds: Sequence[int]) -> None:
+    """Raise ConfigError where two runs have one seed, as two folds of a cross-validation have."""
+    found: dict[int, Path] = {}
+    for file, seed in zip(files, seeds, strict=True):
+        if (other := found.setdefault(seed, file)) is not file:
+            raise ConfigError(
+                f"wanted runs that differ in their seed, got seed={seed} in {other.parent} and {file.parent}, whose "
+                "images would differ instead, as those of two folds do; fit again with another --seed"
+            )
 
 
 def _take_test(file: Path, images: ImageSet, splits: Splits, *, image_size: int) -> DecodedImages:
@@ -139,9 +152,9 @@ def _take_test(file: Path, images: ImageSet, splits: Splits, *, image_size: int)
     return decode_images(ImageSet(images.source, images.classes, records), image_size=image_size)
 
 
-def _read_options(file: Path) -> dict[str, Any]:
-    options = FitConfig.read(file.with_name("config.yaml")).model_dump()
-    return {name: value for name, value in options.items() if name not in IDLE}
+def _leave_idle(config: FitConfig) -> dict[str, Any]:
+    """Return the options that are alike in runs to compare."""
+    return {name: value for name, value in config.model_dump().items() if name not in IDLE}
 
 
 @torch.no_grad()
