@@ -1,8 +1,12 @@
 """Cross-validation, from the command and from Python; the network is tiny, and everything else is real."""
 
 import csv
+import html
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +271,29 @@ def test_every_fold_leaves_a_finished_run_and_is_heard_of(whole):
     assert {path.name for path in whole.out.iterdir()} == {
         "runs", "plan.json", "config.yaml", "splits.csv", "out_of_fold.csv", "outer_test.csv", "cross_validation.json",
     }  # fmt: skip
+
+
+def command_in(page: Path) -> list[str]:
+    """Return the arguments of the command that a report has for making the run again."""
+    found = re.search(
+        r"<code>(chanscale .*?)</code>", page.read_text().partition("To make it again")[2], re.S
+    )
+    return shlex.split(html.unescape(found[1]).replace("\\\n", ""))[1:]
+
+
+@pytest.mark.parametrize(("member", "repeats"), [("r0-f1", 1), ("r1-f0", 2)])
+def test_the_report_of_a_fold_has_the_command_of_its_cross_validation(
+    whole, data, tiny, tmp_path, capsys, member, repeats
+):
+    told = command_in(whole.out / "runs" / member / "report.html")
+    assert told[:6] == ["cross-validate", "IMAGES", "--out", "FOLDER", "--folds=2", f"--repeats={repeats}"]
+    out = tmp_path / "again"
+    shutil.copytree(whole.out, out)
+    named = {"IMAGES": str(data), "FOLDER": str(out)}
+    assert cli.run([named.get(one, one) for one in told]) == 0  # other options would be refused
+    assert f"{2 * repeats} of {2 * repeats} runs are there" in capsys.readouterr().err
+    assert cli.run(["report", str(out / "runs" / member), f"--images={data}"]) == 0
+    assert command_in(out / "runs" / member / "report.html") == told
 
 
 def test_each_image_is_out_of_fold_once_a_repeat_and_no_patient_in_two_folds(whole, data):

@@ -297,6 +297,15 @@ def test_the_command_takes_only_what_differs_from_the_defaults():
     )
 
 
+def test_of_images_that_were_an_object_no_command_is_told(fitted):
+    assert fitted.metrics["images_from"] == "object"
+    assert "No command line names the images, given as an object" in fitted.page.text
+    metrics = fitted.metrics | {"images_from": "path"}
+    assert "chanscale fit IMAGES" in build_report(replace(fitted.material, metrics=metrics))
+    metrics.pop("images_from")  # as older runs have it
+    assert "chanscale fit IMAGES" in build_report(replace(fitted.material, metrics=metrics))
+
+
 def test_the_folder_of_the_weights_is_not_told(fitted):
     config = fitted.material.config.model_copy(update={"weights": Path("/home/someone/weights.h5")})
     html = build_report(replace(fitted.material, config=config))
@@ -454,7 +463,7 @@ def test_without_test_images_each_section_says_so(untested):
 def test_a_model_that_is_a_program_says_what_it_cannot_show(tmp_path, fitted):
     own = fit(tmp_path / "run", draw(), model=tiny_classifier().trunk)
     assert "chanscale fit" not in own.html
-    assert "The network was an object" in own.page.text
+    assert "No command line names the network and the images, given as objects" in own.page.text
     model, info = load_model(tmp_path / "run")
     assert isinstance(model, Program)
     page = Page(build_report(replace(own.material, model=model, info=info)))

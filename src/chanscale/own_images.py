@@ -6,7 +6,7 @@ from pathlib import Path
 
 from chanscale.artifact import ModelInfo
 from chanscale.config import FitConfig
-from chanscale.crossval.plan import is_cross_folder
+from chanscale.crossval.plan import folder_above
 from chanscale.data.sources import ImageSet, open_images
 from chanscale.data.splits import Splits, read_groups, read_splits, read_test_names
 from chanscale.errors import ArtifactError
@@ -36,8 +36,8 @@ def open_own_images(path: Path, file: Path, info: ModelInfo) -> tuple[ImageSet, 
 
 def _less_outer_test(images: ImageSet, run: Path) -> ImageSet:
     """Return the images without those that a cross-validation, one of whose folds this run is, kept from all folds."""
-    folder = run.parent.parent
-    if run.parent.name != "runs" or not is_cross_folder(folder):
+    folder = folder_above(run)
+    if folder is None:
         return images
     kept_out = read_test_names(folder / "splits.csv")
     return replace(images, records=tuple(record for record in images.records if record.name not in kept_out))

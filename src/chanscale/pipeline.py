@@ -203,6 +203,7 @@ def _run(
         **measure(classifier, best, images, full=full),
         "depth": depth.to_dict(),
         **describe_training(best, state, images, splits),
+        "images_from": "object" if isinstance(data, ImageSet) else "path",
         "leaks": leaks,
         "widths": widest,
         "seconds": round(earlier + perf_counter() - began, 1),

@@ -13,6 +13,7 @@ from chanscale.artifact import ModelInfo, load_model, save_model
 from chanscale.checkpoint import load_checkpoint, save_checkpoint
 from chanscale.classifier import Classifier
 from chanscale.config import TIMING, FitConfig
+from chanscale.crossval.plan import plan_above
 from chanscale.data.loading import Progress
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, read_splits, write_splits
@@ -170,7 +171,7 @@ class RunFolder:
 
     def _report(self, run: Material) -> None:
         try:
-            write_report(run, self.partial / REPORT)
+            write_report(replace(run, plan=plan_above(self.out)), self.partial / REPORT)
         except Exception as error:  # whatever it is, a trained model is not lost for a page about it
             if is_full(error):
                 raise

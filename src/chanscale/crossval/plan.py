@@ -1,5 +1,6 @@
 """What a cross-validation holds: which images each of its runs trains on, and which it never sees."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ SEEDS = 2**32
 """How many seeds there are."""
 
 FORMAT, PLAN = "chanscale-cross-plan/1", "plan.json"
+_MEMBER = re.compile(r"r(\d+)-f\d+")
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,23 @@ def is_cross_folder(folder: Path) -> bool:
     except ArtifactError:
         return False
     return True
+
+
+def folder_above(run: Path) -> Path | None:
+    """Return the folder of the cross-validation that `run` belongs to; None where it belongs to none."""
+    runs = run.absolute().parent
+    return runs.parent if runs.name == "runs" and is_cross_folder(runs.parent) else None
+
+
+def plan_above(run: Path) -> CrossPlan | None:
+    """Return the plan of the cross-validation that `run` is a fold of, with as many repeats as it takes, if it is one.
+
+    Raises ArtifactError, ConfigError.
+    """
+    folder, member = folder_above(run), _MEMBER.fullmatch(run.absolute().name)
+    if folder is None or member is None:
+        return None
+    folds = read_plan(folder / PLAN, wanted=FORMAT).get("folds")
+    if not isinstance(folds, int):
+        raise ArtifactError(f"{folder / PLAN} does not say how many folds there are: it is damaged")
+    return CrossPlan(folds, int(member[1]) + 1, FitConfig.read(folder / "config.yaml"))

@@ -9,6 +9,7 @@ from typing import Any
 from chanscale.artifact import ModelInfo
 from chanscale.backbones import BACKBONES
 from chanscale.config import FitConfig
+from chanscale.crossval.plan import CrossPlan
 from chanscale.data.splits import SIDES
 from chanscale.report_page.material import Material
 from chanscale.speed.choice import Calibration
@@ -130,11 +131,24 @@ def without_folders(config: FitConfig) -> FitConfig:
     return config.model_copy(update={"weights": weights, "backbone": without_folder(config.backbone)})
 
 
-def write_command(config: FitConfig, backbone: str) -> str:
-    """Return the command line that makes the run again, an option a line."""
+def write_command(config: FitConfig, backbone: str, *, plan: CrossPlan | None = None) -> str:
+    """Return the command line that makes the run again, an option a line; that of a fold makes all of its `plan`."""
+    begin = "chanscale fit IMAGES --out RUN"
+    if plan:
+        begin = f"chanscale cross-validate IMAGES --out FOLDER --folds={plan.folds} --repeats={plan.repeats}"
     given = {option.name: getattr(config, option.name) for option in list_options(config)}
     options = [shlex.join(_flag(name, value)) for name, value in (given | {"backbone": backbone}).items()]
-    return " \\\n    ".join(["chanscale fit IMAGES --out RUN", *options])
+    return " \\\n    ".join([begin, *options])
+
+
+def name_objects(material: Material) -> list[str]:
+    """Return what no command line names, as it was given as an object: the network, the images."""
+    # The images of a fold are an object to it, but not to its cross-validation.
+    objects = {
+        "network": material.info.rebuilt_by != "name",
+        "images": material.plan is None and material.metrics.get("images_from") == "object",
+    }
+    return [name for name, given in objects.items() if given]
 
 
 def _flag(name: str, value: Any) -> list[str]:

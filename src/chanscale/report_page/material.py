@@ -14,6 +14,7 @@ from torch import Tensor
 from chanscale.artifact import ModelInfo, load_model, model_path
 from chanscale.classifier import Classifier
 from chanscale.config import FitConfig, before_it_existed
+from chanscale.crossval.plan import CrossPlan, plan_above
 from chanscale.data.loading import BatchLoader, DecodedImages, decode_images
 from chanscale.data.splits import Splits
 from chanscale.errors import ArtifactError, ChanscaleError, DataError, one_line
@@ -44,7 +45,8 @@ class Material:
 
     `widths`: the channels of each group of the whole original, also behind the end of the trunk; empty where that is
     not known. `judged`: what the model said of the test images, in the order of `splits.test`; None without any.
-    `stability`: how far other seeds agree, as in stability.json; None where that was not measured.
+    `stability`: how far other seeds agree, as in stability.json; None where that was not measured. `plan`: of the
+    cross-validation that the run is a fold of, if it is one.
     """
 
     model: Classifier | Program
@@ -57,6 +59,7 @@ class Material:
     splits: Splits
     judged: Evaluation | None
     stability: Mapping[str, Any] | None = None
+    plan: CrossPlan | None = None
 
     @cached_property
     def groups(self) -> NDArray[Any]:
@@ -97,7 +100,8 @@ def open_material(run: Path, data: Path, *, watcher: Watcher) -> Material:
         config = config.model_copy(update={"calibrate": before_it_existed("calibrate")})
     widths = find_widths(metrics, model, info)
     stability = read_stability(file.with_name(STABILITY))
-    return Material(model, info, metrics, history, config, widths, decoded, splits, judged, stability)
+    plan = plan_above(file.parent)
+    return Material(model, info, metrics, history, config, widths, decoded, splits, judged, stability, plan)
 
 
 def _judge(

@@ -231,8 +231,9 @@ def _list_confusions(matrix: Any, classes: tuple[str, ...]) -> list[tuple[str, s
 
 
 def _describe_card(material: Material) -> dict[str, Any]:
-    config = card.without_folders(material.config)
-    own = material.info.rebuilt_by != "name"
+    config, plan = card.without_folders(material.config), material.plan
+    again = card.without_folders(plan.config) if plan else config
+    objects = card.name_objects(material)
     return {
         "model": card.describe_model(material),
         "sides": card.count_sides(material),
@@ -240,6 +241,8 @@ def _describe_card(material: Material) -> dict[str, Any]:
         "seed": material.config.seed,
         "training": card.describe_training(material),
         "options": card.list_options(config),
-        "command": None if own else card.write_command(config, material.info.network),
-        "config": config.to_yaml(),
+        "objects": objects,
+        "command": None if objects else card.write_command(again, material.info.network, plan=plan),
+        "fold": plan is not None,
+        "config": again.to_yaml(),
     }
