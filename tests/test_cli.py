@@ -743,6 +743,15 @@ def test_a_table_that_cannot_be_written_is_one_line(fitted, tiny, tmp_path, caps
         assert "is a folder; name a file" in error_of(capsys, ["predict", "no-run", "a.png", "--out", folder])
 
 
+def test_a_table_takes_the_place_of_no_file(fitted, tiny, tmp_path, capsys):
+    image = fitted.data / "spot" / "001_0.png"
+    for path in (tmp_path / "film.png", tmp_path / "table.csv"):
+        path.write_bytes(image.read_bytes())
+        line = error_of(capsys, ["predict", fitted.run, image, "--out", path])
+        assert ("is not called .csv" if path.suffix == ".png" else "exists already") in line
+        assert path.read_bytes() == image.read_bytes()
+
+
 def test_a_table_can_go_to_a_pipe(fitted, tiny, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

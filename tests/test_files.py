@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from chanscale.errors import ConfigError
-from chanscale.files import require_writable, write_atomically
+from chanscale.errors import ArtifactError, ConfigError
+from chanscale.files import require_new, require_writable, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -59,3 +59,25 @@ def test_what_cannot_be_written_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(ConfigError, match="cannot be written"):
         require_writable(tmp_path / "file")
+
+
+def test_a_file_that_is_there_is_not_to_be_written_over_unless_it_is_renewed(tmp_path):
+    table = tmp_path / "table.csv"
+    require_new(table, ".csv")
+    table.touch()  # without content, as a program may have made it to have the name
+    require_new(table, ".csv")
+    table.write_text("path,label")
+    (tmp_path / "link.csv").symlink_to(table)
+    for path in (table, tmp_path / "link.csv"):
+        with pytest.raises(ArtifactError, match="exists already"):
+            require_new(path, ".csv", renewed=tmp_path / "other.csv")
+    require_new(table, ".csv", renewed=table)
+    require_new(Path("/dev/null"), ".csv")
+
+
+@pytest.mark.parametrize("name", ["film.png", "p.json", "p.csv.gz"])
+def test_a_name_that_belies_what_is_written_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"is not called \.csv, which is what is written"):
+        require_new(tmp_path / name, ".csv")
+    for name in ("predictions", "P.CSV"):
+        require_new(tmp_path / name, ".csv")

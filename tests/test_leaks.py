@@ -334,6 +334,14 @@ def test_a_table_elsewhere_is_refused_before_the_work(tmp_path, capsys):
     assert list(other.iterdir()) == []
 
 
+def test_a_table_that_is_there_is_left_alone(tmp_path, capsys):
+    folder, table = save(tmp_path / "set", base()), tmp_path / "all.csv"
+    table.write_text("path,label\n")
+    assert run(folder, "--out", table) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert table.read_text() == "path,label\n"
+
+
 def test_an_npz_has_no_files_for_a_table(tmp_path):
     pixels = np.stack([shrink(film(patient)) for patient in range(4)])
     np.savez(tmp_path / "set.npz", train_images=pixels, train_labels=np.array([0, 1, 0, 1]))

@@ -167,6 +167,25 @@ def test_the_command_says_what_more_would_bring(grid, tmp_path, capsys):
     assert told["law"]["a"]["low"] <= told["law"]["a"]["high"] <= 1
 
 
+def test_a_picture_takes_the_place_of_no_file_but_its_own(grid, tmp_path, capsys):
+    for path in (grid.out / "accuracy_size.png", tmp_path / "learning_curve.png"):
+        path.write_text("another's")
+        assert "exists already" in error_of(capsys, ["learning-curve", grid.out, "--out", path])
+        assert path.read_text() == "another's"
+    assert "is not called .png" in error_of(capsys, ["learning-curve", grid.out, "--out", tmp_path / "a.pdf"])
+    for _ in range(2):
+        assert cli.run(["learning-curve", str(grid.out), "--out", str(grid.out / "learning_curve.png")]) == 0
+
+
+def test_it_says_that_a_gain_is_no_difference_of_two_rows(grid, capsys):
+    assert cli.run(["learning-curve", str(grid.out)]) == 0
+    assert "A gain is the median" in words(capsys)[0]
+    curve = fit_curve(find_points(make_rows(grid.results()[0], ["chanscale"]), "chanscale"))
+    rises = [law.at(2 * curve.most) - law.at(curve.most) for law in curve.draws]
+    assert curve.gain(2).value == pytest.approx(np.median(rises))
+    assert any("medians do not subtract" in note for note in curve.to_dict()["notes"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

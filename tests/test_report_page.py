@@ -167,6 +167,15 @@ def test_figures_are_those_of_the_metrics_file(fitted):
     assert shown("bytes") == [metrics["bytes"]["trunk"], metrics["bytes"]["model"]]
 
 
+def test_the_best_epoch_is_counted_as_on_the_console_from_1(fitted):
+    best, epochs = fitted.metrics["best_epoch"], fitted.metrics["epochs"]
+    assert f"{epochs}, of which epoch {best + 1} was best on validation images" in fitted.page.text
+    titles = [tag.text.partition(":")[0] for tag in fitted.page.all("title")]
+    assert {f"epoch {number}" for number in range(1, epochs + 1)} == {
+        t for t in titles if t.startswith("epoch")
+    }
+
+
 def test_intervals_stand_beside_the_figures(fitted):
     row = fitted.page.one("tr", data_figure="auc").text
     for figure in (fitted.metrics["before"]["auc"], fitted.metrics["auc"]):
@@ -561,6 +570,9 @@ def test_the_command_writes_the_page_that_fit_wrote(stored, tiny, tmp_path, caps
     assert cli.run(["report", str(stored.folder), "--images", images, "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: ")
     assert out.read_text(encoding="utf-8") == stored.html
+    assert cli.run(["report", str(stored.folder), "--images", images, "--out", str(out)]) == 2
+    assert f"{out} exists already" in capsys.readouterr().err
+    assert cli.run(["report", str(stored.folder), "--images", images]) == 0
 
 
 def test_an_older_run_gets_a_page_too(stored, tiny, tmp_path):

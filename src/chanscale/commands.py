@@ -148,12 +148,12 @@ def predict(
 ) -> None:
     """Say which class a run sees in images, and how probably; and which images are unlike those of training."""
     from chanscale.ensemble import load_predictor
-    from chanscale.files import require_writable, write_atomically
+    from chanscale.files import require_new, write_atomically
     from chanscale.novelty.storage import NOVELTY, find_novelty
     from chanscale.predictions import predict_images
 
     if table is not None:
-        require_writable(table)
+        require_new(table, ".csv")
     model, info = load_predictor(run_folder)
     detector = find_novelty(run_folder)
     if abstain and detector is None:

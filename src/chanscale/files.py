@@ -35,6 +35,20 @@ def require_absent(path: Path) -> None:
         raise ArtifactError(f"{path} exists already; remove it, or name another --out")
 
 
+def require_new(path: Path, suffix: str, *, renewed: Path | None = None) -> None:
+    """Check, before the work, that `path` can become a new file, and that its name does not belie its `suffix`.
+
+    `renewed`: where the same command leaves its own file, which it may write again. A file without content, a pipe and
+    a device are written to. Raises ConfigError, and ArtifactError for a file that holds something.
+    """
+    require_writable(path)
+    if path.suffix.lower() not in ("", suffix) and not _is_special(path):
+        raise ConfigError(f"{path} is not called {suffix}, which is what is written; name another --out")
+    own = renewed is not None and path.absolute() == renewed.absolute()
+    if is_file(path) and path.stat().st_size and not own:
+        require_absent(path)
+
+
 @contextmanager
 def claiming(folder: Path) -> Iterator[None]:
     """Say in one line why `folder` cannot be taken: its lock is held, or it cannot be written. Raises ArtifactError."""

@@ -48,12 +48,12 @@ def leaks(
     by their pixels.
     The exit code is 0 when there are none, 1 when there are some, 2 after an error.
     """
-    from chanscale.files import require_writable
+    from chanscale.files import require_new
     from chanscale.leaks.findings import write_groups
     from chanscale.leaks.search import find_leaks
 
     if table is not None:
-        require_writable(table)
+        require_new(table, ".csv")
     with watching() as watcher:
         found = find_leaks(
             data, run=run, group_pattern=group_pattern, frames=frames, label_columns=label_columns,

@@ -11,6 +11,9 @@ from chanscale.display import complain, describe_rows, out, say, show_json
 if TYPE_CHECKING:
     from chanscale.comparison.learning_curve import LearningCurve, Point
 
+PICTURE = "learning_curve.png"
+"""What a picture in the folder of its grid may be called to be drawn again."""
+
 
 def learning_curve(
     grid: Annotated[
@@ -28,11 +31,11 @@ def learning_curve(
     """
     from chanscale.comparison.curve_drawing import draw_curve
     from chanscale.comparison.learning_curve import fit_curve
-    from chanscale.files import require_writable, write_atomically
+    from chanscale.files import require_new, write_atomically
     from chanscale.plotting import to_png
 
     if picture is not None:
-        require_writable(picture)
+        require_new(picture, ".png", renewed=grid / PICTURE)
     curve = fit_curve(_read_points(grid, method))
     if picture is not None:
         write_atomically(picture, to_png(draw_curve(curve, method=method)))
@@ -78,6 +81,7 @@ def _show(curve: "LearningCurve") -> None:
     say(
         "Medians and 95 % of curves through cells drawn again, if the law holds on; a few sizes cannot show that."
     )
+    say("A gain is the median of what each curve rises from the largest size, and no difference of two rows.")
 
 
 def _describe(figure: dict[str, float], form: str = ".3f") -> str:

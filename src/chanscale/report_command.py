@@ -28,12 +28,13 @@ def report(
     """
     from chanscale.artifact import model_path
     from chanscale.errors import ArtifactError, clip, one_line
-    from chanscale.files import require_writable
+    from chanscale.files import require_new
     from chanscale.report_page.material import open_material
     from chanscale.report_page.writing import REPORT, write_report
 
-    path = out_path or model_path(run).with_name(REPORT)
-    require_writable(path)
+    own = model_path(run).with_name(REPORT)
+    path = out_path or own
+    require_new(path, ".html", renewed=own)
     with watching() as watcher:
         material = open_material(run, images, watcher=watcher)
     try:

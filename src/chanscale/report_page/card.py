@@ -88,7 +88,8 @@ def describe_training(material: Material) -> Rows:
     metrics = material.metrics
     validation, calibration = metrics["validation_auc"], metrics.get("calibration")
     return [
-        ("Epochs", f"{metrics['epochs']}, of which epoch {metrics['best_epoch']} was best on validation images"),
+        # Files count epochs from 0; people, here as on the console, from 1.
+        ("Epochs", f"{metrics['epochs']}, of which epoch {metrics['best_epoch'] + 1} was best on validation images"),
         ("Validation AUC", "not defined" if validation is None else f"{validation:.3f}"),
         *([("Temperature", _describe_temperature(calibration))] if calibration else []),
         ("Precision", str(metrics["precision"])),

@@ -113,7 +113,7 @@ def draw_path(history: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) 
     places = [(row["parameters"], row["validation_auc"]) for row in rows]
     parts = [_path("way", frame.path(places))]
     for row, place in zip(rows, places, strict=True):
-        title = f"epoch {row['epoch']}: AUC {place[1]:.3f}, {shorten(place[0])} parameters"
+        title = f"epoch {row['epoch'] + 1}: AUC {place[1]:.3f}, {shorten(place[0])} parameters"
         chosen = row["epoch"] == metrics["best_epoch"]
         parts.append(_circle(f"epoch {row['phase']}", frame, *place, title=title))
         if chosen:
