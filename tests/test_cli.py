@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning_fabric.utilities.rank_zero import rank_zero_module
 from PIL import Image
 from rich.console import Console
 
@@ -353,10 +352,15 @@ def test_a_breakdown_in_a_resumed_run_leaves_what_was_there(tmp_path, asked, cap
     assert (tmp_path / "run.partial" / "config.yaml").exists()
 
 
-def test_the_libraries_below_say_nothing_of_themselves(asked):
-    cli.run(["--version"])
-    assert rank_zero_module.log.name == cli.CHATTY
-    assert not rank_zero_module.log.isEnabledFor(logging.INFO)
+@pytest.mark.parametrize(("level", "said"), [(logging.NOTSET, False), (logging.INFO, True)])
+def test_the_libraries_below_say_nothing_of_themselves_unless_asked(level, said):
+    program = (
+        f"import logging; logging.getLogger('lightning_fabric.utilities.rank_zero').setLevel({level})\n"
+        "from chanscale import FitConfig; from chanscale.devices import make_fabric\n"
+        "make_fabric(FitConfig(device='cpu', precision='bf16-mixed'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ("bfloat16" in done.stderr) == said
 
 
 def test_an_interrupt_elsewhere_does_not_speak_of_going_on(monkeypatch, capsys):

@@ -17,6 +17,7 @@ import torch
 import tiny_cell
 from chanscale import cli
 from chanscale.cli_options import merge_config
+from chanscale.compare_command import _describe_rest
 from chanscale.comparison import processes
 from chanscale.comparison.cells import Cell, CellSpec, digest_images, read_cell, run_cell
 from chanscale.comparison.methods import configure
@@ -212,11 +213,22 @@ def test_what_no_cell_could_run_with_leaves_nothing(data, tiny, tmp_path, capsys
         (["--sizes=500"], "--sizes 500 is more than the"),
         (["--folds=20"], "too few for --folds 20"),
         (["--methods=chanscale@1.5"], "budget: Input should be less than 1"),
+        (["--sensitivity=0.9"], "every cell has sensitivity=None; leave --sensitivity out"),
+        (["--calibrate"], "every cell has calibrate=False; leave --calibrate out"),
+        (["--speed=auto"], "every cell has speed='off'; leave --speed out"),
         (["--out", str(data / "grid")], "lies in the images' folder"),
     ):
         out = ["--out", str(tmp_path / "grid")] if "--out" not in options else []
         assert message in error_of(capsys, ["compare", data, *OPTIONS, *out, *options])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ran", "left", "said"),
+    [(1, 0, ""), (1, 1, ""), (2, 4, "; about 2 min to go"), (1, 200, "; about 3 h to go")],
+)
+def test_what_is_left_is_told_where_it_is_minutes(ran, left, said):
+    assert _describe_rest(60.0, ran, left) == said
 
 
 def test_what_several_cells_warn_of_is_said_once(data, tiny, tmp_path, capsys):
@@ -253,7 +265,8 @@ def test_a_grid_runs_in_processes_two_at_a_time_as_one_at_a_time_and_resumes(
     written = kept.stat().st_mtime_ns
     words(capsys)
     assert compare(data, tmp_path / "one", *asked) == 0
-    assert "1 of 2 cells are there" in words(capsys)[1]
+    begun = "2 cells: 2 methods x 1 size x 1 fold x 1 seed; 1 is there"
+    assert words(capsys)[1].splitlines()[0] == begun
     assert kept.stat().st_mtime_ns == written
     assert cells_of(tmp_path / "one") == cells_of(tmp_path / "two")
     assert cells_of(tmp_path / "one").keys() == {"head-n10-f1-s0", "chanscale-n10-f1-s0"}
@@ -270,7 +283,8 @@ def test_a_grid_of_one_try_grows_to_three(data, tiny, tmp_path, capsys):
     written = (out / "cells" / "full-n10-f0-s0.json").stat().st_mtime_ns
     words(capsys)
     assert compare(data, out, *asked) == 0
-    assert "1 of 3 cells are there" in words(capsys)[1]
+    begun = "3 cells: 1 method x 1 size x 1 fold x 1 seed, up to 3 tries of each; 1 is there"
+    assert words(capsys)[1].splitlines()[0] == begun
     assert (out / "cells" / "full-n10-f0-s0.json").stat().st_mtime_ns == written
     cells = cells_of(out)
     rates = {"full-n10-f0-s0": 3e-5, "full-n10-f0-s0-lr1e-05": 1e-5, "full-n10-f0-s0-lr0.0001": 1e-4}

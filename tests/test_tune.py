@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from chanscale.comparison.cells import digest_images
 from chanscale.config import FitConfig
 from chanscale.data import open_images
 from chanscale.data.splits import split_images
-from chanscale.errors import ArtifactError, ConfigError, DataError, TrainingError
+from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError, TrainingError
 from chanscale.schedule import plan_epochs
 from chanscale.tuning import search, trials
 from chanscale.tuning.front import choose, find_front
@@ -214,6 +215,19 @@ def test_options_that_lead_to_no_network_are_a_result_and_other_errors_are_not(d
     error = DataError("001_0.png cannot be read")
     with pytest.raises(DataError, match="001_0"):
         run_trial(spec_of(data))
+
+
+@pytest.mark.parametrize("kind", [ConfigError, ModelError])
+def test_drawn_options_that_contradict_others_are_a_result_and_given_ones_an_error(
+    data, tiny, monkeypatch, kind
+):
+    def contradict(*_, **__):
+        raise kind("`depth` must be a layer that still has more than the budget leaves")
+
+    monkeypatch.setattr(trials, "scale_and_select", contradict)
+    with pytest.raises(kind, match="depth"):
+        run_trial(spec_of(data))
+    assert run_trial(replace(spec_of(data), number=1))["state"] == "failed"
 
 
 def test_a_spec_is_that_of_its_line(data):
@@ -464,7 +478,7 @@ def test_killed_in_mid_trial_and_gone_on_with_is_undisturbed(whole, data, here, 
         left.write_text("half")
     assert tune(data, out, "--trials=4") == 0
     assert here[0].ran == [2, 3]
-    assert words(capsys)[1].splitlines()[0].startswith("3/4 trial 2: ")
+    assert words(capsys)[1].splitlines()[1].startswith("3/4 trial 2: ")
     assert trials_of(out) == first_of(whole, 4)
     assert not [path for path in out.rglob("*") if path.name.startswith(".") or path.suffix == ".lock"]
     assert tune(data, out, f"--trials={TRIALS}") == 0  # more than at first
@@ -480,7 +494,7 @@ def test_the_same_command_again_runs_nothing_and_tells_the_whole(whole, data, he
     told, err = words(capsys)
     assert here[0].ran == []
     assert (whole.out / "journal.log").read_bytes() == journal
-    assert "trial" not in err
+    assert err.endswith(f"; {TRIALS} are there\n")
     flat = " ".join(told.split())
     best = whole.told["best"]
     assert f"Best: trial {best}, the smallest within 0.01 of the best validation AUC." in flat
@@ -534,7 +548,8 @@ def test_a_lost_trial_costs_itself_and_the_next_run_completes_it(
     assert tune(data, out, "--trials=2") == 1
     err = words(capsys)[1].splitlines()
     error = out / "trials" / "0001.error"
-    assert err[1] == (
+    assert err[0].endswith("; 0 are there")
+    assert err[2] == (
         f"1/2 trial 1: lost: the process was ended by SIGKILL; it may have lacked memory ({error})"
     )
     assert err[-1] == "1 of 2 trials were lost; the same command tries them again"
@@ -562,6 +577,7 @@ def test_an_interrupt_loses_the_running_trial_alone(data, tmp_path):
         [sys.executable, "-c", program, "tune", str(data), "--out", str(out), *FREE_OPTIONS, "--trials=500"],
         stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
     ) as process:  # fmt: skip
+        assert process.stderr.readline().startswith("500 trials over budget, ")
         assert process.stderr.readline().startswith("1/500 trial 0: ")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         rest = process.stderr.read().splitlines()

@@ -1,6 +1,5 @@
 """The entry point: runs one command, and turns an error into one line and an exit code."""
 
-import logging
 import shlex
 import sys
 
@@ -24,9 +23,6 @@ from chanscale.tune_command import tune
 from chanscale.weights_commands import weights_app
 
 FAILED, INTERRUPTED = 2, 130
-
-# Fabric says on stderr which precision it uses. Importing it resets the level of the logger above this one.
-CHATTY = "lightning_fabric.utilities.rank_zero"
 
 for command in (
     compare,
@@ -53,7 +49,6 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. The one place where an error becomes a line."""
-    logging.getLogger(CHATTY).setLevel(logging.WARNING)
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="chanscale", standalone_mode=False)

@@ -1,8 +1,9 @@
 """The command that compares ways to use a pretrained network; `cli` adds it to the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,10 +17,10 @@ from chanscale.cli_options import (
 )
 from chanscale.commands import require_outside, warn_about_patients
 from chanscale.comparison.place import Place
-from chanscale.config import FitConfig
+from chanscale.config import READING, FitConfig
 from chanscale.display import complain, describe_rows, out, say
 from chanscale.errors import ConfigError
-from chanscale.wording import percent
+from chanscale.wording import are_there, percent
 
 if TYPE_CHECKING:
     from chanscale.comparison.cells import CellSpec, Result
@@ -58,8 +59,8 @@ def compare(
     sizes: Annotated[
         str,
         typer.Option(
-            help="Numbers of training images, e.g. 25,50,100,all, and the most that validate; a smaller set lies in a "
-            "larger."
+            help="Numbers of training images, e.g. 25,50,100,all; at most as many images validate, and a smaller set "
+            "lies in a larger."
         ),
     ] = "all",
     seeds: Annotated[str, typer.Option(help="Seeds of the cells, e.g. 0,1,2; --seed fixes the folds.")] = "0",
@@ -112,11 +113,24 @@ def compare(
         require_outside(data, out_folder)
         place = Place(jobs, ray, ray_cpus)
         config = merge_config(given, config_file)
+        _require_heeded(given, config)
         plan = _make_plan(methods, sizes, folds, only_folds, seeds, tries, config)
         failed = _run_missing(plan, data, folder, place)
     _draw(folder, failed)
     if failed:
         raise typer.Exit(FAILED_CELLS)
+
+
+def _require_heeded(given: Mapping[str, Any], config: FitConfig) -> None:
+    """Raise ConfigError for an option of the command line that no cell would heed."""
+    from chanscale.comparison.cells import configure_learning
+
+    heeded = configure_learning(config)
+    for name in sorted({*READING, "speed"} & given.keys()):
+        if getattr(config, name) != (told := getattr(heeded, name)):
+            raise ConfigError(
+                f"methods are compared as they come from training: every cell has {name}={told!r}; leave --{name} out"
+            )
 
 
 def _make_plan(
@@ -159,8 +173,8 @@ def _run_missing(plan: "Plan", data: Path, folder: "GridFolder", place: Place) -
         precision = folder.begin(plan, images)
         specs = plan.specs(data, images, precision, younger=folder.find_younger())
         missing = folder.missing(specs)
-        if there := len(specs) - len(missing):
-            complain(f"{there} of {len(specs)} cells are there")
+        there = len(specs) - len(missing)
+        complain(f"{plan.describe()}; {are_there(there)}")
         jobs = place.jobs or (len(missing) if place.ray else 1)
         return _run(missing, folder, runner, jobs=max(1, jobs), done=there, total=len(specs))
 
@@ -177,13 +191,15 @@ def _run(
     from chanscale.comparison.processes import run_cells
 
     failed, told = 0, set[str]()
+    began, there = monotonic(), done
     try:
         lent = folder.lend_channels(specs)
         with closing(run_cells(lent, runner.run, jobs=jobs, stop=runner.stop)) as cells:
             for spec, error in cells:
                 done, failed = done + 1, failed + bool(error)
                 result, words = _settle(spec, error, folder)
-                complain(f"{done}/{total} {spec.cell.name}: {words}")
+                left = _describe_rest(monotonic() - began, done - there, total - done)
+                complain(f"{done}/{total} {spec.cell.name}: {words}{left}")
                 for warning in result.get("warnings", ()):
                     if warning not in told:
                         told.add(warning)
@@ -192,6 +208,14 @@ def _run(
         complain(f"{done - failed} of {total} cells are there; the same command goes on")
         raise
     return failed
+
+
+def _describe_rest(seconds: float, ran: int, left: int) -> str:
+    """Return how long the cells that are `left` may take, by those that `ran`; nothing of less than two minutes."""
+    minutes = seconds / ran * left / 60
+    if minutes < 2:
+        return ""
+    return f"; about {minutes:.0f} min to go" if minutes < 120 else f"; about {minutes / 60:.0f} h to go"
 
 
 def _settle(spec: "CellSpec", error: str | None, folder: "GridFolder") -> "tuple[Result, str]":

@@ -19,6 +19,12 @@ from chanscale.errors import ConfigError, one_line
 from chanscale.modes import device_of
 from chanscale.team import is_joined, team_size
 
+# Fabric says on stderr, each time, which precision it uses. The level of this logger of Fabric's alone is set, and not
+# that of the one above it, which others may hear; nor is one that the user has set.
+_chatty = logging.getLogger("lightning_fabric.utilities.rank_zero")
+if _chatty.level == logging.NOTSET:
+    _chatty.setLevel(logging.WARNING)
+
 
 def _own_device(config: FitConfig) -> int | list[int]:
     """Return the device of this process: of several GPUs that with its number."""

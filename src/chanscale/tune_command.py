@@ -18,7 +18,7 @@ from chanscale.cli_options import (
 )
 from chanscale.commands import require_outside, warn_about_patients
 from chanscale.display import complain, describe_rows, out, program, say, show_json
-from chanscale.wording import percent, shorten
+from chanscale.wording import are_there, counted, percent, shorten
 
 if TYPE_CHECKING:
     from chanscale.tuning.results import Tuning
@@ -69,6 +69,7 @@ def tune(
     from chanscale.config import FitConfig
     from chanscale.run_images import open_path
     from chanscale.tuning.search import tune as run_search
+    from chanscale.tuning.space import choose_options
 
     config = merge_config(given, config_file)
     require_outside(data, out_folder)
@@ -84,20 +85,24 @@ def tune(
 
     assert isinstance(config, FitConfig)
     names = None if search is None else [name.strip() for name in search.split(",") if name.strip()]
+    over, there = ", ".join(choose_options(config, names)), are_there(_count_done(out_folder))
+    complain(f"{counted(trials, 'trial')} over {over}; {there}")
     try:
         found = run_search(
             config.backbone, data, out=out_folder, trials=trials, search=names, within=within, config=config,
             jobs=jobs, ray=ray, ray_cpus=ray_cpus, on_trial=hear,
         )  # fmt: skip
     except KeyboardInterrupt:
-        complain(f"{_count_done(out_folder)} of {trials} trials are there; the same command goes on")
+        complain(
+            f"{_count_done(out_folder)} of {counted(trials, 'trial')} are there; the same command goes on"
+        )
         raise
     if as_json:
         show_json({"folder": str(out_folder), **found.figures})
     else:
         _show(found, data)
     if lost:
-        complain(f"{len(lost)} of {trials} trials were lost; the same command tries them again")
+        complain(f"{len(lost)} of {counted(trials, 'trial')} were lost; the same command tries them again")
         raise typer.Exit(LOST_TRIALS)
 
 
@@ -128,7 +133,7 @@ def _show(found: "Tuning", data: Path) -> None:
     out.print(describe_rows(COLUMNS, _rows(figures)))
     count = figures["count"]
     say(
-        f"{len(figures['trials'])} trials: {count['complete']} ended, {count['stopped']} stopped early, "
+        f"{counted(len(figures['trials']), 'trial')}: {count['complete']} ended, {count['stopped']} stopped early, "
         f"{count['failed']} failed."
     )
     say(

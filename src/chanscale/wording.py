@@ -32,6 +32,16 @@ def shorten(number: float) -> str:
     return f"{number:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, in the plural where it is not 1: `1 trial`, `30 trials`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def are_there(number: int) -> str:
+    """Return of how many parts of the work nothing is to be done: `1 is there`, `30 are there`."""
+    return f"{number:,} {'is' if number == 1 else 'are'} there"
+
+
 def percent(share: float) -> str:
     """Return a share in percent, with one digit: `96.4 %`."""
     return f"{100 * share:.1f} %"

@@ -23,6 +23,7 @@ from chanscale.data.sources import ImageSet
 from chanscale.devices import find_precision
 from chanscale.errors import ArtifactError
 from chanscale.files import to_json, write_atomically
+from chanscale.wording import counted
 from chanscale.working_folder import note_failure, read_plan, require_same_plan, working_in
 
 FORMAT = "chanscale-grid/1"
@@ -55,6 +56,13 @@ class Plan:
         return [
             Cell(method, size, fold, seed, lr) for seed, fold, size, method in places for lr in rates[method]
         ]
+
+    def describe(self) -> str:
+        """Return how many cells there are, and of what."""
+        counts = {"method": self.methods, "size": self.sizes, "fold": self.chosen, "seed": self.seeds}
+        product_of = " x ".join(counted(len(values), noun) for noun, values in counts.items())
+        tries = f", up to {self.tries} tries of each" if self.tries > 1 else ""
+        return f"{counted(len(self.cells), 'cell')}: {product_of}{tries}"
 
     def specs(
         self,

@@ -15,6 +15,7 @@ from chanscale.tuning.folder import FRONT, SearchFolder, SearchPlan
 from chanscale.tuning.front import choose, find_front
 from chanscale.tuning.space import SPACE
 from chanscale.tuning.trials import COMPLETE, FAILED, STOPPED, Result
+from chanscale.wording import counted
 
 FORMAT = "chanscale-tuning/1"
 RESULT, BEST, PLOT = "tuning.json", "best.yaml", "pareto.png"
@@ -37,7 +38,8 @@ def write_tuning(folder: SearchFolder, plan: SearchPlan, splits: Splits, *, with
     front = find_front(results, of=plan.of)
     if not front:
         raise TrainingError(
-            f"none of the {len(results)} trials of {folder.out} came to an end; see the reasons in {folder.trials}"
+            f"none of {counted(len(results), 'trial')} in {folder.out} came to an end; see the reasons in "
+            f"{folder.trials}"
         )
     best = choose(front, within=within)
     figures = {
@@ -60,9 +62,9 @@ def write_tuning(folder: SearchFolder, plan: SearchPlan, splits: Splits, *, with
 def warn_of_optimism(trials: int, splits: Splits) -> str:
     """Return why the validation AUC of what was chosen is not what to expect of it."""
     return (
-        f"The validation AUC of the best of {trials} trials is optimistic: the same {len(splits.validation)} images "
-        "chose it, and the best epoch of each. No trial has seen a test image; a fit with the chosen options is "
-        "judged on them."
+        f"The validation AUC of the best of {counted(trials, 'trial')} is optimistic: the same "
+        f"{len(splits.validation)} images chose it, and the best epoch of each. No trial has seen a test image; a fit "
+        "with the chosen options is judged on them."
     )
 
 

@@ -12,7 +12,16 @@ from chanscale.comparison.folds import learning_and_test
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
-from chanscale.errors import BudgetError, DataError, InexactRemovalError, TrainingError, one_line
+from chanscale.errors import (
+    BudgetError,
+    ChanscaleError,
+    ConfigError,
+    DataError,
+    InexactRemovalError,
+    ModelError,
+    TrainingError,
+    one_line,
+)
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.pipeline import scale_and_select
 from chanscale.run_figures import describe_resources
@@ -95,7 +104,7 @@ def run_trial(spec: TrialSpec) -> Result:
         )
     except Stopped:
         outcome = {"state": STOPPED, "validation_auc": max(watcher.aucs), **_describe_row(watcher.row)}
-    except (TrainingError, BudgetError, InexactRemovalError) as error:
+    except _failures_of(spec) as error:
         outcome = {"state": FAILED, "reason": one_line(error)}
     else:
         outcome = {"state": COMPLETE, **_describe_run(run.metrics)}
@@ -136,6 +145,16 @@ def _open_learning(spec: TrialSpec) -> ImageSet:
             f"the images of {spec.data} have changed since the search was begun; use another --out"
         )
     return learning_and_test(images, split_search(images, spec.config))[0]
+
+
+def _failures_of(spec: TrialSpec) -> tuple[type[ChanscaleError], ...]:
+    """Return what counts as the result of a trial whose options lead to no network.
+
+    What was drawn may contradict a fixed option, or the network. In what was given, as the first trial has it, that is
+    an error.
+    """
+    none: tuple[type[ChanscaleError], ...] = (TrainingError, BudgetError, InexactRemovalError)
+    return (*none, ConfigError, ModelError) if spec.number > 0 else none
 
 
 def _describe_run(metrics: Mapping[str, Any]) -> dict[str, Any]:
