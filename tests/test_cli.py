@@ -105,6 +105,12 @@ def test_no_arguments_show_the_commands(capsys):
     assert "not a medical device" in " ".join(out.split())
 
 
+def test_the_list_of_commands_cuts_no_line_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.run(["--help"])
+    assert "..." not in words(capsys)[0].partition("Commands:")[2]
+
+
 def test_the_version_is_printed(capsys):
     assert cli.run(["--version"]) == 0
     assert words(capsys)[0] == f"chanscale {__version__}\n"
@@ -241,6 +247,18 @@ def test_the_configuration_of_a_run_can_be_given_back(tmp_path, asked):
     (tmp_path / "config.yaml").write_text(wanted.to_yaml())
     assert fit(tmp_path, "--config", str(tmp_path / "config.yaml")) == 0
     assert asked.config == wanted
+
+
+def test_an_option_that_there_is_not_is_told_with_its_file_and_the_nearest(tmp_path, asked, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("bugdet: 0.5\nhead_lr: much\nseed: -1\n")
+    arguments = ["fit", "data", "--out", tmp_path / "run", "--config", file, "--seed=-2"]
+    line = error_of(capsys, arguments)
+    assert f"{file}: there is no option `bugdet`; did you mean `budget`?" in line
+    assert f"{file}: head_lr: Input should be a valid number" in line
+    assert "; seed: Input should be greater" in line  # that of the command line
+    file.write_text("qqq: 1\n")
+    assert error_of(capsys, arguments[:-1]).endswith("there is no option `qqq`")
 
 
 def test_contradictory_options_are_refused(tmp_path, capsys):
@@ -610,8 +628,11 @@ def test_evaluate_prints_one_object(fitted, tiny, capsys):
     pattern = "--group-pattern=^(\\d+)_"
     assert cli.run(["evaluate", str(fitted.run), str(fitted.data), pattern, "--json"]) == 0
     told = json.loads(words(capsys)[0])
-    assert set(told) == {"auc", "accuracy", "sensitivity", "specificity", "n", "intervals"}
+    figures = {"auc", "accuracy", "sensitivity", "specificity", "n", "intervals"}
+    assert set(told) == figures | {"classes", "positive", "threshold", "patients"}
     assert told["n"] == 48
+    assert told["classes"] == ["clear", "spot"]
+    assert (told["positive"], told["threshold"], told["patients"]) == ("spot", 0.5, 24)
     for name, (low, high) in told["intervals"].items():
         assert 0 <= low <= told[name] <= high <= 1
 
@@ -620,7 +641,23 @@ def test_evaluate_prints_a_table(fitted, tiny, capsys):
     assert cli.run(["evaluate", str(fitted.run), str(fitted.data)]) == 0
     out, err = words(capsys)
     assert "accuracy" in out
-    assert "48 images" in out
+    assert "sensitivity at 0.5" in out
+    assert "48 images of 24 patients" in out
+    assert "--group-pattern" not in err
+
+
+def test_evaluate_takes_the_pattern_of_the_run_where_it_fits_all_names(fitted, tiny, tmp_path, capsys):
+    told = {}
+    for pattern in ([], ["--group-pattern=^(\\d+)_"]):
+        assert cli.run(["evaluate", str(fitted.run), str(fitted.data), "--json", *pattern]) == 0
+        told[len(pattern)] = json.loads(words(capsys)[0])
+    assert told[0] == told[1]
+    for number, path in enumerate(sorted(draw(tmp_path / "data", patients=8).glob("*/*.png"))):
+        path.rename(path.with_name(f"{number // 2:04}-{number % 2}.png"))
+    assert cli.run(["evaluate", str(fitted.run), str(tmp_path / "data")]) == 0
+    out, err = words(capsys)
+    assert "16 images" in out
+    assert "patients" not in out
     assert "makes the intervals too narrow; if so, add --group-pattern" in err
 
 
@@ -700,6 +737,38 @@ def test_predict_prints_a_table_or_json(fitted, tiny, capsys):
     assert told["image"] == image
     assert told["predicted"] == max(told["probabilities"], key=told["probabilities"].get)
     assert sum(told["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_table_is_whole_in_a_pipe_and_has_names_alone_where_a_terminal_is_narrow(monkeypatch):
+    rows = [
+        (f"/a/very/long/folder/of/images/00{number}_0.png", "clear", "0.500", "0.500") for number in range(3)
+    ]
+    columns = ("image", "predicted", "clear", "spot")
+    assert display.out.width == display.WIDEST
+
+    def shown(width: int, wanted: str) -> bool:
+        monkeypatch.setattr(display, "out", Console(file=io.StringIO(), width=width))
+        display.out.print(display.describe_rows(columns, rows, paths=1))
+        return all(wanted.format(number) in display.out.file.getvalue() for number in range(3))
+
+    assert shown(display.WIDEST, "/a/very/long/folder/of/images/00{}_0.png")
+    assert shown(80, "/a/very/long/folder/of/images/00{}_0.png")
+    assert shown(50, "  …/00{}_0.png")
+
+
+@pytest.mark.parametrize("name", ["table.csv", "ARRAYS.NPZ"])
+def test_a_set_is_no_image(fitted, tiny, tmp_path, capsys, name):
+    (tmp_path / name).touch()
+    line = error_of(capsys, ["predict", fitted.run, tmp_path / name])
+    assert "which evaluate takes; wanted an image, or a folder of images" in line
+
+
+@pytest.mark.parametrize(("name", "what"), [("model.onnx", "an ONNX export"), ("model.pt2", "a program")])
+def test_an_export_is_no_run(fitted, tiny, tmp_path, capsys, name, what):
+    (tmp_path / name).touch()
+    for arguments in (["predict", tmp_path / name, "image.png"], ["verify", tmp_path / name]):
+        line = error_of(capsys, arguments)
+        assert f"{name} is no model file but {what}; pass a run folder" in line
 
 
 @pytest.fixture
@@ -837,7 +906,7 @@ def empty(folder):
         (empty, [], "has no image"),
         (remove_class, [], "has only the class 'clear'"),
         (leave_one_of_a_class, [], "class 'spot' of .* has 1 image;"),
-        (truncate, [], "001_0.png.*--skip-bad"),
+        (truncate, [], "001_0.png.*--skip-bad., where that is an option"),
         (give_four_channels, [], "001_0.png.*Convert it to grey or RGB"),
         (None, ["--head-lr=1e36"], "head_lr: Input should be less than or equal to 10"),
         (None, ["--min-channels=16"], "budget"),

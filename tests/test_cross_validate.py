@@ -429,6 +429,16 @@ def test_the_same_command_again_trains_nothing_and_tells_the_whole(whole, data, 
     assert files_below(whole.out / "runs") == before
 
 
+def test_what_takes_one_run_says_that_it_is_a_cross_validation(whole, data, tiny, tmp_path, capsys):
+    for arguments in (
+        ["explain", whole.out, data, "--out", tmp_path / "why"], ["export", whole.out], ["verify", whole.out],
+        ["report", whole.out, "--images", data], ["latency", whole.out], ["leaks", data, "--run", whole.out],
+    ):  # fmt: skip
+        line = error_of(capsys, arguments)
+        assert f"{whole.out} is a cross-validation of 4 runs, and this takes one" in line
+        assert line.endswith(f"such as {whole.out / 'runs' / 'r0-f0'}")
+
+
 def test_its_json_is_that_of_the_file(whole, data, tiny, capsys):
     assert run(data, whole.out, "--repeats=2", "--test=0.2", "--json") == 0
     told = json.loads(words(capsys)[0])

@@ -137,6 +137,8 @@ def test_equal_models_give_equal_deltas(monkeypatch, tmp_path):
     register(monkeypatch)
     run, delta = make_delta(tmp_path)
     assert save_delta(run, tmp_path / "again.safetensors").read_bytes() == delta.read_bytes()
+    assert save_delta(str(run)) == run / "delta.safetensors"
+    assert (run / "delta.safetensors").read_bytes() == delta.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["vgg16", "efficientnet_lite0"])

@@ -112,6 +112,12 @@ def test_each_column_but_ours_is_a_label_in_their_order(tmp_path):
             "line 2: wanted 1, 0, or nothing (unknown) for the label 'a', got 'yes'",
         ),
         (["path", "a"], ["x.png", "2"], {}, "got '2'"),
+        (
+            ["path", "klass"],
+            ["x.png", "mass"],
+            {},
+            "call the column `label` if it holds the class of each image, or",
+        ),
         (["path", "group"], ["x.png", "1"], {}, "a column for each of several labels"),
         (["path", "a", "b"], ["x.png", "1", "0"], {"label_columns": ("a", "c")}, "has no column 'c'"),
         (["path", "a", "a"], ["x.png", "1", "0"], {}, "has the label 'a' twice"),

@@ -104,6 +104,7 @@ def test_abstain_needs_a_detector(made, strange, capsys, tmp_path):
     line = error_of(capsys, ["predict", tmp_path / "bare", strange, "--abstain"])
     assert NOVELTY in line
     assert "--abstain" in line
+    assert "nor one that was restored from a delta; copy the file from the run" in line
 
 
 def test_one_line_of_python_does_the_same(made, strange, capsys):

@@ -30,13 +30,15 @@ from chanscale.originals import rebuild_trunk, trunk_of
 from chanscale.programs import PROGRAM, Program, load_program
 from chanscale.rebuilding import install_tensors
 from chanscale.slicing import output_width
-from chanscale.wording import without_folder
+from chanscale.wording import counted, without_folder
 
 T = TypeVar("T")
 
 FORMAT = "chanscale-model/2"
 METADATA = "chanscale"
 """The one entry of a file's metadata."""
+EXPORTS = {".onnx": "an ONNX export", ".pt2": "a program"}
+"""What else may lie in a run folder and be taken for its model, by suffix."""
 FEATURES = "head.linear.weight"
 """The tensor that is as wide as the features."""
 RULES = ("operating_point", "prediction_sets")
@@ -265,7 +267,12 @@ def model_path(path: Path) -> Path:
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the metadata of a model file. Raises ArtifactError for any other."""
     if not path.is_file():
-        raise ArtifactError(f"there is no model at {path}; pass a run folder, or the model.safetensors in it")
+        raise ArtifactError(_describe_absence(path))
+    if path.suffix.lower() in EXPORTS:
+        raise ArtifactError(
+            f"{path} is no model file but {EXPORTS[path.suffix.lower()]}; pass a run folder, or the "
+            "model.safetensors in it"
+        )
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ArtifactError(
@@ -273,6 +280,17 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"it is no chanscale model, or one of another version"
         )
     return tensors, metadata
+
+
+def _describe_absence(path: Path) -> str:
+    """Return why there is no model file at `path`, and what to do; of a cross-validation, which are its runs."""
+    runs = sorted(path.parent.glob("runs/r*-f*/model.safetensors"))
+    if not runs:
+        return f"there is no model at {path}; pass a run folder, or the model.safetensors in it"
+    return (
+        f"{path.parent} is a cross-validation of {counted(len(runs), 'run')}, and this takes one; pass one of them, "
+        f"such as {runs[0].parent}"
+    )
 
 
 def parse_info(metadata: Mapping[str, Any], path: Path) -> ModelInfo:

@@ -35,11 +35,14 @@ from chanscale.display import (
     steps_of,
     watching,
 )
-from chanscale.errors import ConfigError, lacks_memory
+from chanscale.errors import ConfigError, DataError, lacks_memory
 from chanscale.followers import is_follower
 from chanscale.wording import percent, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chanscale.artifact import ModelInfo
     from chanscale.data import ImageSet
     from chanscale.pipeline import Run
 
@@ -99,16 +102,20 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Judge a run on labelled images that it has not seen."""
+    from functools import partial
+
     from chanscale.data import decode_images, open_images
     from chanscale.decision_rules import judge_rules
     from chanscale.ensemble import load_predictor
     from chanscale.evaluation import evaluate as judge
 
     model, info = load_predictor(run_folder)
-    images = open_images(
-        data, group_pattern=group_pattern, classes=info.classes, skip_bad=skip_bad,
-        frames=info.choose_frames(frames), label_columns=info.label_columns,
+    opening = partial(
+        open_images, data, classes=info.classes, skip_bad=skip_bad, frames=info.choose_frames(frames),
+        label_columns=info.label_columns,
     )  # fmt: skip
+    given = group_pattern is not None
+    images = opening(group_pattern=group_pattern) if given else _open_as_noted(run_folder, opening)
     images = _take_unseen(images, run_folder)
     warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
     with watching() as watcher:
@@ -123,10 +130,30 @@ def evaluate(
         judged = judge(model, decoded, progress=steps_of(watcher, "evaluating"))
     _report_skipped(decoded.images.skipped)
     told = judged.to_dict() | judge_rules(judged, info.operating_point, info.prediction_sets)
+    told |= _describe_judged(info, decoded.images)
     if as_json:
         show_json(told)
     else:
         out.print(describe_evaluation(told))
+
+
+def _open_as_noted(run_folder: Path, opening: "Callable[..., ImageSet]") -> "ImageSet":
+    """Return the images with the patients that the run's own pattern finds, where it finds one for every image."""
+    noted = (run_folder if run_folder.is_dir() else run_folder.parent) / "config.yaml"
+    try:
+        pattern = FitConfig.read(noted).group_pattern
+        return opening(group_pattern=pattern)
+    except (ConfigError, DataError):  # it knows no pattern, or other names
+        return opening(group_pattern=None)
+
+
+def _describe_judged(info: "ModelInfo", images: "ImageSet") -> dict[str, Any]:
+    """Return what the figures are of: the classes, the positive one and its threshold, and how many patients."""
+    positive, threshold = (info.classes[1], 0.5) if info.is_binary else (None, None)
+    patients = len(set(images.group_keys.tolist())) if images.has_groups else None
+    return {
+        "classes": list(info.classes), "positive": positive, "threshold": threshold, "patients": patients,
+    }  # fmt: skip
 
 
 @app.command()
@@ -146,7 +173,10 @@ def predict(
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which class a run sees in images, and how probably; and which images are unlike those of training."""
+    """Say which class a run sees in images, and how probably.
+
+    Images that are unlike those of training are flagged, with the reason.
+    """
     from chanscale.ensemble import load_predictor
     from chanscale.files import require_new, write_atomically
     from chanscale.novelty.storage import NOVELTY, find_novelty
@@ -159,7 +189,7 @@ def predict(
     if abstain and detector is None:
         raise ConfigError(
             f"{run_folder} has no {NOVELTY}, which --abstain needs: an average of models has none, nor an older run, "
-            "nor one of volumes"
+            "nor one of volumes, nor one that was restored from a delta; copy the file from the run that has it"
         )
     with watching() as watcher:
         predictions = predict_images(
@@ -193,9 +223,10 @@ def inspect(
     channels: Annotated[int, typer.Option(min=1, help="Channels of the example.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which channels of a network hang together, and which can be removed exactly.
+    """Say which channels of a network hang together.
 
-    Each group is tried, with random weights: half of its channels are set to 0, and removed.
+    And which can be removed exactly: each group is tried, with random weights: half of its channels are set to 0, and
+    removed.
     """
     from dataclasses import asdict
 

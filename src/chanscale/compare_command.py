@@ -92,9 +92,10 @@ def compare(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Compare methods over folds, seeds and numbers of training images, and draw a table.
+    """Compare methods over folds, seeds and numbers of images.
 
-    Each cell runs in a process of its own and leaves one file. The same command goes on where it was stopped.
+    Each cell runs in a process of its own and leaves one file; a table is drawn from all. The same command goes on
+    where it was stopped.
     """
     from chanscale.comparison.grid import GridFolder
 

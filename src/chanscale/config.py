@@ -5,6 +5,8 @@ holds the complete one as `config.yaml`.
 """
 
 import os
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -290,14 +292,17 @@ class FitConfig(BaseModel):
             raise ConfigError(f"{what} runs each fit in one process; leave devices, nodes and torchrun out")
 
     @classmethod
-    def build(cls, options: dict[str, Any]) -> Self:
-        """Validate `options`. Raises ConfigError, in one line that names the option."""
+    def build(cls, options: dict[str, Any], *, places: Mapping[str, Path] | None = None) -> Self:
+        """Validate `options`. Raises ConfigError, in one line that names the option.
+
+        `places`: the files that options come from, by name.
+        """
         try:
             return cls.model_validate(options)
         except ValidationError as error:
             # Not `from error`: it would print its input whole, whatever that is.
             raise ConfigError(
-                "; ".join(_describe(detail) for detail in error.errors()[:_MOST_TOLD])
+                "; ".join(_describe(detail, places or {}) for detail in error.errors()[:_MOST_TOLD])
             ) from None
 
     def already_opened(self) -> Self:
@@ -314,7 +319,8 @@ class FitConfig(BaseModel):
             raise ConfigError(f"cannot read the configuration {path}: {clip(one_line(error))}") from error
         if not isinstance(options, dict):
             raise ConfigError(f"{path} must hold `option: value` lines, got a {type(options).__name__}")
-        return cls.build(options | (overrides or {}))
+        given = overrides or {}
+        return cls.build(options | given, places=dict.fromkeys(options.keys() - given.keys(), path))
 
     def to_yaml(self) -> str:
         """Return the complete configuration; `read` takes it back."""
@@ -343,8 +349,18 @@ def before_it_existed(option: str) -> Any:
     return BEFORE_IT_EXISTED.get(option, FitConfig.model_fields[option].default)
 
 
-def _describe(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    where = clip(where)
+def _describe(detail: Any, places: Mapping[str, Path]) -> str:
+    where = clip(".".join(str(part) for part in detail["loc"]))
+    place = places.get(detail["loc"][0]) if detail["loc"] else None
+    said = _tell_unknown(where) if detail["type"] == "extra_forbidden" else _tell_wrong(where, detail)
+    return f"{place}: {said}" if place else said
+
+
+def _tell_unknown(name: str) -> str:
+    near = get_close_matches(name, FitConfig.model_fields, n=1)
+    return f"there is no option `{name}`{f'; did you mean `{near[0]}`?' if near else ''}"
+
+
+def _tell_wrong(where: str, detail: Any) -> str:
     got = f" Got {where}={brief(detail['input'])}." if where else ""
     return f"{where + ': ' if where else ''}{detail['msg']}.{got}"

@@ -40,7 +40,7 @@ def cross_validate(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Fit a model for each fold, and judge it on the patients that it did not see.
+    """Fit a model for each fold, judged on unseen patients.
 
     The share --test is in no fold, and says whether the average of the models is better than one (0: none). Each fold
     leaves a run folder. The same command goes on where it was stopped.

@@ -74,11 +74,11 @@ class Delta:
     sha256: str
 
 
-def save_delta(run: Path, path: Path, *, weights: Path | None = None) -> Path:
+def save_delta(run: str | Path, path: str | Path | None = None, *, weights: Path | None = None) -> Path:
     """Write to `path` what the model of a run folder, or of a model file, adds to its public network; return it.
 
-    `weights`: a file to take the public weights from; default: the cache, then their sources. The delta is tried before
-    it is written. Raises ArtifactError, WeightsError.
+    `path`: default: in the run folder. `weights`: a file to take the public weights from; default: the cache, then
+    their sources. The delta is tried before it is written. Raises ArtifactError, WeightsError.
     """
     file = model_path(Path(run))
     tensors, metadata = read_model(file)
@@ -95,8 +95,9 @@ def save_delta(run: Path, path: Path, *, weights: Path | None = None) -> Path:
         FORMAT, __version__, origin.digest, sha256, _widths(info, origin), _with_kept(metadata, None)
     )
     content = pack_tensors({**own, KEPT: _pack_kept(info.kept, header.widths)}, asdict(header))
-    write_atomically(Path(path), content)
-    return Path(path)
+    target = file.with_name(DELTA) if path is None else Path(path)
+    write_atomically(target, content)
+    return target
 
 
 def read_delta(path: Path) -> Delta:

@@ -38,7 +38,10 @@ def restore(
     ],
     weights: WeightsOption = None,
 ) -> None:
-    """Rebuild the model file of a run from its delta and the public weights, byte for byte."""
+    """Rebuild a model file from its delta, byte for byte.
+
+    The rest of it comes from the public weights.
+    """
     from chanscale.delta import Restorer
     from chanscale.files import require_absent, write_atomically
     from chanscale.provenance import Origins
@@ -72,9 +75,10 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that the filters of a run are bit-exact slices of the public checkpoint, and say what else it holds.
+    """Prove that filters are slices of the public checkpoint.
 
-    One bit that differs ends it with an error, which names the filter.
+    Each is compared bit by bit, and what else the run holds is listed. One bit that differs ends it with an error,
+    which names the filter.
     """
     from chanscale.artifact import load_model, model_path
     from chanscale.provenance import Origins, verify_model

@@ -37,7 +37,7 @@ def export(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a run in a form to deploy, after comparing it with the run.
+    """Write a run in a form to deploy, compared with the run.
 
     A probability that differs by more than 1e-4 is an error, and nothing is written. With --int8 that is asked
     of the graph in fp32 which it is made of; what int8 changes is told.
@@ -69,9 +69,10 @@ def latency(
     int8: Annotated[bool, typer.Option("--int8", help="Measure the run in int8 too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a run against the network it was made of, in PyTorch and in ONNX Runtime.
+    """Measure a run against the network it was made of.
 
-    The networks take turns in one process; the memory of each is measured in a process of its own.
+    In PyTorch and in ONNX Runtime, the networks take turns in one process; the memory of each is measured in a process
+    of its own.
     """
     from dataclasses import asdict
 

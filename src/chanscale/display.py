@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,7 @@ from chanscale.config import FitConfig
 from chanscale.files import to_json
 from chanscale.progress import Watcher
 from chanscale.schedule import Moment, plan_epochs
-from chanscale.wording import percent, printable, shorten, without_controls
+from chanscale.wording import counted, percent, printable, shorten, without_controls
 
 if TYPE_CHECKING:
     from chanscale.inspection import NetworkReport
@@ -31,7 +32,12 @@ AT_POINT = ("sensitivity", "specificity", "ppv", "npv")
 RULES = {"called_positive": "positive", "prediction_set": "not ruled out"}
 """What the rules of a model say of an image, and how a table calls it."""
 
+WIDEST = 10_000
+"""Columns of a line where nothing limits them: a file, or another program, takes rows as they are."""
+
 out = Console(highlight=False)
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    out.width = WIDEST
 err = Console(stderr=True, highlight=False)
 
 
@@ -193,10 +199,13 @@ def show_json(value: Any) -> None:
 
 
 def describe_evaluation(judged: Mapping[str, Any]) -> Table:
-    """Return a table of what `Evaluation.to_dict` and `judge_rules` give."""
-    table = Table("", "value", "95 % interval", box=box.SIMPLE_HEAD, caption=f"{judged['n']} images")
+    """Return a table of what `Evaluation.to_dict` and `judge_rules` give, and of whom: `patients`, `threshold`."""
+    patients = f" of {counted(judged['patients'], 'patient')}" if judged["patients"] else ""
+    caption = f"{counted(judged['n'], 'image')}{patients}"
+    table = Table("", "value", "95 % interval", box=box.SIMPLE_HEAD, caption=caption)
     for name, (low, high) in judged["intervals"].items():
-        table.add_row(Text(name), f"{judged[name]:.3f}", f"{low:.3f} to {high:.3f}")
+        at = f" at {judged['threshold']:g}" if name in AT_POINT else ""
+        table.add_row(Text(f"{name}{at}"), f"{judged[name]:.3f}", f"{low:.3f} to {high:.3f}")
     for name, figure in _name_rules(judged).items():
         table.add_row(Text(name), f"{figure['value']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
     for name, told in judged.get("labels", {}).items():
@@ -217,11 +226,29 @@ def _name_rules(judged: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     return figures
 
 
-def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of these rows; numbers stand to the right of their column."""
+def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, paths: int = 0) -> Table:
+    """Return a table of these rows; numbers stand to the right of their column.
+
+    The first `paths` columns hold files; where the table would be too wide for the terminal, their names alone.
+    """
+    table = _to_table(columns, rows)
+    if not paths or Measurement.get(out, out.options.update(width=WIDEST), table).maximum <= out.width:
+        return table
+    names = [[*map(_without_folders, row[:paths]), *row[paths:]] for row in rows]
+    return _to_table(columns, names, whole=paths)
+
+
+def _without_folders(path: str) -> str:
+    name = path.rpartition("/")[2]
+    return path if name == path else f"…/{name}"
+
+
+def _to_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: int = 0) -> Table:
+    """Return a table; the cells of the first columns, as many as `whole`, are not to be folded."""
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        table.add_column(Text(name), overflow="fold", justify="left" if index < 2 else "right")
+        justify: JustifyMethod = "left" if index < 2 else "right"
+        table.add_column(Text(name), overflow="fold", justify=justify, no_wrap=index < whole)
     for row in rows:
         # Not markup: a name may hold brackets, or characters that move the cursor.
         table.add_row(*(Text(without_controls(printable(cell))) for cell in row))
@@ -255,7 +282,8 @@ def describe_predictions(predictions: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for item in predictions
     ]  # fmt: skip
-    return describe_rows(["image", "predicted", *first["probabilities"], *named, *judged], rows)
+    columns = ["image", "predicted", *first["probabilities"], *named, *judged]
+    return describe_rows(columns, rows, paths=1)
 
 
 def _describe_novelty(item: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def explain(
     frames: FramesOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Say which channels, and which places, made the answer to each image.
+    """Say which channels and places made each answer.
 
     The parts add up to the logit. They tell what moved the model, which need not be a finding.
     """

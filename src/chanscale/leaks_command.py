@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chanscale.cli_options import DataArgument, FramesOption, JsonOption, SkipOption
+from chanscale.cli_options import DataArgument, JsonOption, SkipOption
+from chanscale.config import Frames
 from chanscale.display import complain, describe_rows, out, say, show_json, watching
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ def leaks(
             help="CSV to write, above the images, for fit: it puts twins, and their patients, in one group.",
         ),
     ] = None,
-    frames: FramesOption = None,
+    frames: Annotated[
+        Frames | None,
+        typer.Option(
+            help="Of DICOM files with several frames: take the first, or all, each as an image. Default: as the --run "
+            "did, or the first."
+        ),
+    ] = None,
     label_columns: Annotated[
         str | None,
         typer.Option(help="Of a CSV table: the columns that are labels, separated by commas, as for fit."),
@@ -42,11 +49,11 @@ def leaks(
     skip_bad: SkipOption = False,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Find images that show one exposure twice: across sides, with two labels, or under two patients.
+    """Find images that show one exposure twice.
 
-    Copies that were saved again, resized, cropped a little, turned by a degree or two, mirrored or inverted are found
-    by their pixels.
-    The exit code is 0 when there are none, 1 when there are some, 2 after an error.
+    Across sides, with two labels, or under two patients. Copies that were saved again, resized, cropped a little,
+    turned by a degree or two, mirrored or inverted are found by their pixels. The exit code is 0 when there are none,
+    1 when there are some, 2 after an error.
     """
     from chanscale.files import require_new
     from chanscale.leaks.findings import write_groups
@@ -81,7 +88,7 @@ def _show(found: "Findings", table: Path | None) -> None:
     # What spoils a test comes first.
     pairs = sorted(found.pairs, key=lambda pair: (pair.kinds[0] == "duplicate", -len(pair.kinds)))
     columns = ("image", "twin", "what", "sides", "labels", "agreement")
-    out.print(describe_rows(columns, [_row(pair, found.images.classes) for pair in pairs[:SHOWN]]))
+    out.print(describe_rows(columns, [_row(pair, found.images.classes) for pair in pairs[:SHOWN]], paths=2))
     if len(pairs) > SHOWN:
         say(f"and {len(pairs) - SHOWN:,} more, which --json has")
     say(f"{describe(found)}.")

@@ -25,9 +25,9 @@ def learning_curve(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what two and four times the images would bring, from the AUCs of a grid on fewer.
+    """Say what two and four times the images would bring.
 
-    A power law is fitted to them. How far it holds beyond them, nothing here can tell.
+    A power law is fitted to the AUCs that a grid has on fewer. How far it holds beyond them, nothing here can tell.
     """
     from chanscale.comparison.curve_drawing import draw_curve
     from chanscale.comparison.learning_curve import fit_curve

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+SETS = {".csv": "a table of images and labels", ".npz": "a file of arrays, images and labels"}
+"""What holds images, but is none, by suffix."""
+
 UNCERTAIN = "uncertain"
 """What stands for the class where a model abstains."""
 
@@ -196,6 +199,10 @@ def _yes_or_no(fact: bool) -> str:
 def _find_images(path: Path) -> Iterable[Path]:
     if not exists(path):
         raise DataError(f"{path} does not exist; wanted an image, or a folder of images.")
+    if path.suffix.lower() in SETS and not path.is_dir():
+        raise DataError(
+            f"{path} is {SETS[path.suffix.lower()]}, which evaluate takes; wanted an image, or a folder of images."
+        )
     if not path.is_dir():
         return [path]
     found = list_images(path)

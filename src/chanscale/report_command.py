@@ -22,9 +22,10 @@ def report(
         typer.Option("--names", help="Call test images by their names, which may tell who the patient is."),
     ] = False,
 ) -> None:
-    """Write report.html: figures, curves, mistakes, what was kept, and a model card, on one page.
+    """Write the report of a finished run again.
 
-    The test images are judged again; a run that `fit` wrote has its report already.
+    It has figures, curves, mistakes, what was kept, and a model card, on one page. The test images are judged again; a
+    run that `fit` wrote has its report already.
     """
     from chanscale.artifact import model_path
     from chanscale.errors import ArtifactError, clip, one_line

@@ -24,7 +24,7 @@ def stability(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far the kept channels, the maps and the answers depend on the seed.
+    """Say how far channels, maps and answers depend on the seed.
 
     Writes stability.json into each run folder, from where `report` tells it.
     """

@@ -61,10 +61,10 @@ def tune(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Search for the options of a fit by validation images: how accurate, and how small, can it be?
+    """Search for the options of a fit by validation images.
 
-    Test images are never looked at. Each trial runs in a process of its own and leaves one file; one that falls
-    behind is stopped early. The same command goes on where it was stopped.
+    How accurate, and how small, can it be? Test images are never looked at. Each trial runs in a process of its own and
+    leaves one file; one that falls behind is stopped early. The same command goes on where it was stopped.
     """
     from chanscale.config import FitConfig
     from chanscale.run_images import open_path

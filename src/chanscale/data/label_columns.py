@@ -47,6 +47,7 @@ def _read_label(word: str, name: str, where: str) -> int:
         return _WORDS[word.lower().removesuffix(".0")]
     except KeyError:
         raise DataError(
-            f"{where}: wanted 1, 0, or nothing (unknown) for the label {clip(name)!r}, got {clip(word)!r}; "
-            "say which columns are labels with label_columns (--label-columns), or correct it."
+            f"{where}: wanted 1, 0, or nothing (unknown) for the label {clip(name)!r}, got {clip(word)!r}; call the "
+            "column `label` if it holds the class of each image, or say which columns are several labels with "
+            "label_columns (--label-columns)."
         ) from None

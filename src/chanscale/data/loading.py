@@ -228,7 +228,7 @@ def _decode_all(
         for index, error in enumerate(errors):
             if error and not skip_bad:
                 raise UnreadableImageError(
-                    f"{error} Or use skip_bad (--skip-bad) to leave it out."
+                    f"{error} Or leave it out with skip_bad (--skip-bad), where that is an option."
                 ) from error
             if error:
                 bad.append(index)

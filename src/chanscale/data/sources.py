@@ -204,7 +204,7 @@ def open_images(
         advice = "Mend the links" if source.is_dir() else "Paths are relative to the table; correct them"
         raise DataError(
             f"{len(missing)} of {len(rows)} images named in {source} are not there, such as {clip(missing[0])}. "
-            f"{advice}, or leave these out with skip_bad (--skip-bad)."
+            f"{advice}, or leave these out with skip_bad (--skip-bad), where that is an option."
         )
     _check_names(rows, source)
     _require_one_kind(sum(row.labels is not None for row in rows), len(rows), source)
