@@ -144,7 +144,7 @@ def test_a_killed_worker_costs_one_cell_and_the_next_run_completes_it(
     hook("register_healed")
     assert compare(data, out, "--methods=killed,head,broken", *asked) == 1
     err = words(capsys)[1]
-    assert "1 of 3 cells are there" in err
+    assert "3 cells: 3 methods x 1 size x 1 fold x 1 seed, up to 3 tries of each; 1 is there" in err
     assert read_cell(out / "cells" / "killed-all-f0-s0.json")
     assert not error.exists()
     assert kept.stat().st_mtime_ns == written

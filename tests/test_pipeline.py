@@ -418,7 +418,7 @@ def test_a_program_of_a_folded_network_refuses_colour_in_one_line(tmp_path, caps
     assert cli.run(["predict", str(tmp_path / "run"), str(tmp_path / "colour.png")]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert (
-        "colour.png is in colour, and the model takes grey images alone; make it grey. Or use skip_bad"
+        "colour.png is in colour, and the model takes grey images alone; make it grey. Or leave it out"
         in line
     )
     program, _ = load_model(tmp_path / "run")

@@ -192,10 +192,14 @@ def test_without_scales_there_is_nothing_to_select():
 def test_a_budget_too_high_names_the_smallest_network_and_the_ways_out():
     cost = chain_cost([4, 6])
     importance = {"0": torch.ones(4), "1": torch.ones(6)}
-    smallest = cost.parameters(first_of({"0": 2, "1": 2}))
-    words = f"at most 10 parameters .* hold {smallest}. Lower the budget, min_channels or round_to"
-    with pytest.raises(BudgetError, match=words):
-        keep_within(importance, cost=cost, of="parameters", limit=10, rule=WidthRule(minimum=2))
+    smallest, ones = (cost.parameters(first_of({"0": width, "1": width})) for width in (2, 1))
+    told = f"parameters are to be kept, but the smallest widths allowed hold {smallest}"
+    for limit, way_out in (
+        (ones, ". Lower the budget, min_channels"),
+        (10, f", and one channel .* hold {ones}"),
+    ):
+        with pytest.raises(BudgetError, match=f"at most {limit} {told}{way_out}"):
+            keep_within(importance, cost=cost, of="parameters", limit=limit, rule=WidthRule(minimum=2))
 
 
 def test_a_budget_that_no_width_can_meet_names_what_cannot_go():

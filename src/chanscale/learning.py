@@ -97,7 +97,8 @@ class Learner:
         def read(part: Tensor) -> Tensor:
             return model.head.pool(model.feature_map(part))
 
-        wanted = round(self.recompute * len(parts)) if computes_alike_again(model) else 0
+        # PyTorch does not take the random generator of MPS back, and another dropout would be drawn.
+        wanted = 0 if device_of(model).type == "mps" else round(self.recompute * len(parts))
         forgotten = max(0, min(wanted, len(parts) - 1))
         first = [checkpoint(repeatable(read), part, use_reentrant=False) for part in parts[:forgotten]]
         return [*first, *(read(part) for part in parts[forgotten:])]
@@ -160,16 +161,6 @@ class Learner:
         # Seeded by the place in the run: a resumed run draws what an undisturbed one would have.
         seed = np.random.SeedSequence((self.config.seed, epoch, done)).generate_state(1)[0]
         return augment(images, generator=torch.Generator().manual_seed(int(seed)))
-
-
-def computes_alike_again(model: Classifier) -> bool:
-    """Whether the trunk of `model`, in training, has the same maps of the same images a second time.
-
-    Not where a layer may note something of each batch, as running statistics; frozen norms do not. On MPS, PyTorch does
-    not take the random generator back, and another dropout would be drawn.
-    """
-    noting = any(module.training and module._buffers for module in model.trunk.modules())
-    return not noting and device_of(model).type != "mps"
 
 
 def count_repeats(images: int, batch_size: int) -> int:
