@@ -110,9 +110,10 @@ class ReadsWeights(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.recurrent = nn.GRU(8, 4, batch_first=True)
         self.unused = nn.Linear(8, 100)
+        self.factor = nn.Parameter(torch.ones(8, 1, 1))
 
     def forward(self, x):
-        x = F.conv2d(self.stem(x).relu(), self.read.weight, self.read.bias, padding=1)
+        x = F.conv2d(self.factor * self.stem(x).relu(), self.read.weight, self.read.bias, padding=1)
         rows = x.flatten(2).transpose(1, 2)
         rows = rows + self.attention(rows, rows, rows)[0]
         return self.recurrent(rows)[0].transpose(1, 2).unflatten(2, x.shape[2:])

@@ -25,7 +25,7 @@ from chanscale.depth import (
     end_trunk,
     worth,
 )
-from chanscale.errors import ArtifactError, ConfigError
+from chanscale.errors import ArtifactError, BudgetError, ConfigError
 from chanscale.pipeline import scale_and_select
 from chanscale.progress import Watcher
 from networks import build_classifier, require_slices, same_tensors
@@ -173,7 +173,7 @@ def test_a_depth_can_be_asked_for_and_one_that_cannot_be_is_told():
     assert choose(depth="5") == choose(depth="trunk.5") == Depth("5", ("6", "7", "8"), {})
     with pytest.raises(ConfigError, match=r"\(2, 5\).*depth='3'"):
         choose(depth="3")
-    with pytest.raises(ConfigError, match="there is none"):
+    with pytest.raises(BudgetError, match=r"behind 5 has no more left than the budget leaves; .* \(there is none\)"):
         choose(depth="5", budget=0.1)
 
 

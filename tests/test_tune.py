@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,7 @@ from chanscale.comparison.cells import digest_images
 from chanscale.config import FitConfig
 from chanscale.data import open_images
 from chanscale.data.splits import split_images
-from chanscale.errors import ArtifactError, ConfigError, DataError, ModelError, TrainingError
+from chanscale.errors import ArtifactError, ConfigError, DataError, TrainingError
 from chanscale.schedule import plan_epochs
 from chanscale.tuning import search, trials
 from chanscale.tuning.front import choose, find_front
@@ -217,17 +216,13 @@ def test_options_that_lead_to_no_network_are_a_result_and_other_errors_are_not(d
         run_trial(spec_of(data))
 
 
-@pytest.mark.parametrize("kind", [ConfigError, ModelError])
-def test_drawn_options_that_contradict_others_are_a_result_and_given_ones_an_error(
-    data, tiny, monkeypatch, kind
-):
-    def contradict(*_, **__):
-        raise kind("`depth` must be a layer that still has more than the budget leaves")
-
-    monkeypatch.setattr(trials, "scale_and_select", contradict)
-    with pytest.raises(kind, match="depth"):
-        run_trial(spec_of(data))
-    assert run_trial(replace(spec_of(data), number=1))["state"] == "failed"
+def test_a_budget_that_contradicts_the_depth_is_a_result_and_a_depth_that_is_none_an_error(data, tiny):
+    """The first was drawn; the second is given to all trials, and each would fail."""
+    result = run_trial(spec_of(data, depth="features.5", budget=0.01))
+    assert result["state"] == "failed"
+    assert "a trunk that ends behind features.5 has no more left than the budget leaves" in result["reason"]
+    with pytest.raises(ConfigError, match="Got depth='nowhere' instead"):
+        run_trial(spec_of(data, depth="nowhere"))
 
 
 def test_a_spec_is_that_of_its_line(data):

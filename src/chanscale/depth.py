@@ -31,7 +31,7 @@ from chanscale.data.label_columns import UNKNOWN
 from chanscale.data.loading import DecodedImages
 from chanscale.data.splits import Splits
 from chanscale.devices import on_device
-from chanscale.errors import ConfigError
+from chanscale.errors import BudgetError, ConfigError
 from chanscale.metrics import Floats, Ints, mean_auc
 from chanscale.modes import device_of, hooked
 from chanscale.probe import pooled_features, regress
@@ -92,7 +92,7 @@ def choose_depth(
     """Return where the trunk of `model` is to end, as `config.depth` says.
 
     Only places that leave more than the budget does are tried: the rest is for the selection. Raises ConfigError for
-    a layer where the trunk cannot end.
+    a layer where the trunk cannot end, BudgetError for one that leaves too little.
     """
     if config.depth == "full":
         return WHOLE
@@ -101,7 +101,8 @@ def choose_depth(
     cost = trunk_cost(model, (), example)
     cuts = find_allowed(model, example, config, cost=cost, most=MOST if config.depth == "auto" else None)
     if config.depth != "auto":
-        return _find_named(config.depth, cuts)
+        every = partial(find_cuts, model.trunk, model.preprocessing(example))
+        return _find_named(config.depth, cuts, every)
     if not cuts:
         return WHOLE
     read = _sample(data, splits.train)
@@ -223,14 +224,23 @@ def _cost_before(cut: Cut, cost: TrunkCost) -> TrunkCost:
     )
 
 
-def _find_named(layer: str, cuts: Sequence[Cut]) -> Depth:
-    for cut in cuts:
-        if layer in (cut.layer, f"trunk.{cut.layer}"):
-            return Depth(cut.layer, cut.without, {})
-    names = ", ".join(cut.layer for cut in cuts)
+def _find_named(layer: str, cuts: Sequence[Cut], every: Callable[[], Sequence[Cut]]) -> Depth:
+    """Return the one of the `cuts` that is called `layer`; `every`: gives those, too, that leave too little."""
+
+    def named(cuts: Sequence[Cut]) -> Iterator[Cut]:
+        return (cut for cut in cuts if layer in (cut.layer, f"trunk.{cut.layer}"))
+
+    for cut in named(cuts):
+        return Depth(cut.layer, cut.without, {})
+    names = ", ".join(cut.layer for cut in cuts) or "there is none"
+    if any(named(every())):
+        raise BudgetError(
+            f"a trunk that ends behind {layer} has no more left than the budget leaves; lower the budget, or choose a "
+            f"later end for depth ({names})"
+        )
     raise ConfigError(
         "`depth` must be auto, full, or a layer where the trunk can end, all that follows being one module behind the "
-        f"other, and still has more than the budget leaves ({names or 'there is none'}). Got depth={layer!r} instead."
+        f"other, and still has more than the budget leaves ({names}). Got depth={layer!r} instead."
     )
 
 

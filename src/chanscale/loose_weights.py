@@ -20,7 +20,7 @@ def loose_weights(model: nn.Module, counted: Iterable[str], example: Tensor) -> 
     weights = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and id(parameter) not in known
+        if sum(side > 1 for side in parameter.shape) > 1 and id(parameter) not in known
     }
     if not weights:
         return {}

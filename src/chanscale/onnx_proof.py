@@ -148,7 +148,7 @@ def _find_doubts(model: onnx.ModelProto) -> Iterator[str]:
 
 def _reaching_outputs(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Return the nodes that an output is computed from, in order."""
-    makers = {name: index for index, node in enumerate(graph.node) for name in node.output}
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
     needed: set[int] = set()
     waiting = [item.name for item in graph.output]
     while waiting:

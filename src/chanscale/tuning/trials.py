@@ -14,11 +14,8 @@ from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
 from chanscale.errors import (
     BudgetError,
-    ChanscaleError,
-    ConfigError,
     DataError,
     InexactRemovalError,
-    ModelError,
     TrainingError,
     one_line,
 )
@@ -104,7 +101,7 @@ def run_trial(spec: TrialSpec) -> Result:
         )
     except Stopped:
         outcome = {"state": STOPPED, "validation_auc": max(watcher.aucs), **_describe_row(watcher.row)}
-    except _failures_of(spec) as error:
+    except (TrainingError, BudgetError, InexactRemovalError) as error:
         outcome = {"state": FAILED, "reason": one_line(error)}
     else:
         outcome = {"state": COMPLETE, **_describe_run(run.metrics)}
@@ -145,16 +142,6 @@ def _open_learning(spec: TrialSpec) -> ImageSet:
             f"the images of {spec.data} have changed since the search was begun; use another --out"
         )
     return learning_and_test(images, split_search(images, spec.config))[0]
-
-
-def _failures_of(spec: TrialSpec) -> tuple[type[ChanscaleError], ...]:
-    """Return what counts as the result of a trial whose options lead to no network.
-
-    What was drawn may contradict a fixed option, or the network. In what was given, as the first trial has it, that is
-    an error.
-    """
-    none: tuple[type[ChanscaleError], ...] = (TrainingError, BudgetError, InexactRemovalError)
-    return (*none, ConfigError, ModelError) if spec.number > 0 else none
 
 
 def _describe_run(metrics: Mapping[str, Any]) -> dict[str, Any]:
