@@ -643,7 +643,7 @@ def test_evaluate_prints_a_table(fitted, tiny, capsys):
     assert "accuracy" in out
     assert "sensitivity at 0.5" in out
     assert "48 images of 24 patients" in out
-    assert "--group-pattern" not in err
+    assert "patients are told by the run's own pattern, --group-pattern '^(\\d+)_'; '' for none" in err
 
 
 def test_evaluate_takes_the_pattern_of_the_run_where_it_fits_all_names(fitted, tiny, tmp_path, capsys):
@@ -659,6 +659,13 @@ def test_evaluate_takes_the_pattern_of_the_run_where_it_fits_all_names(fitted, t
     assert "16 images" in out
     assert "patients" not in out
     assert "makes the intervals too narrow; if so, add --group-pattern" in err
+
+
+def test_an_empty_pattern_tells_no_patients(fitted, tiny, capsys):
+    assert cli.run(["evaluate", str(fitted.run), str(fitted.data), "--group-pattern", "", "--json"]) == 0
+    out, err = words(capsys)
+    assert json.loads(out)["patients"] is None
+    assert "run's own pattern" not in err
 
 
 def test_the_pattern_of_an_evaluation_has_its_own_help(capsys, monkeypatch):
@@ -754,6 +761,8 @@ def test_a_table_is_whole_in_a_pipe_and_has_names_alone_where_a_terminal_is_narr
     assert shown(display.WIDEST, "/a/very/long/folder/of/images/00{}_0.png")
     assert shown(80, "/a/very/long/folder/of/images/00{}_0.png")
     assert shown(50, "  …/00{}_0.png")
+    rows = [(f"/a/very/long/folder/of/images/{name}/film_0.png", name, "0.5", "0.5") for name in "012"]
+    assert shown(50, "  …/{}/film_0.png")  # their names are alike
 
 
 @pytest.mark.parametrize("name", ["table.csv", "ARRAYS.NPZ"])

@@ -173,7 +173,9 @@ def test_a_depth_can_be_asked_for_and_one_that_cannot_be_is_told():
     assert choose(depth="5") == choose(depth="trunk.5") == Depth("5", ("6", "7", "8"), {})
     with pytest.raises(ConfigError, match=r"\(2, 5\).*depth='3'"):
         choose(depth="3")
-    with pytest.raises(BudgetError, match=r"behind 5 has no more left than the budget leaves; .* \(there is none\)"):
+    with pytest.raises(
+        BudgetError, match=r"behind 5 has no more left than the budget leaves; .* \(there is none\)"
+    ):
         choose(depth="5", budget=0.1)
 
 

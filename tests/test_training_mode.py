@@ -122,3 +122,15 @@ def test_layers_that_are_skipped_at_random_are_skipped_alike_when_a_run_is_resum
     resumed = fit(make(), out=tmp_path / "run", resume=True)
     losses = [[row["train_loss"] for row in run.history] for run in (whole, resumed)]
     assert losses[0] == losses[1]
+
+
+def test_what_a_fit_draws_is_not_drawn_from_its_user():
+    random.seed(5)
+    np.random.seed(5)
+    wanted = [(random.random(), np.random.rand()) for _ in range(2)]
+    random.seed(5)
+    np.random.seed(5)
+    got = [(random.random(), np.random.rand())]
+    fit(SkippedAtRandom(lambda: random.random() + np.random.rand()))
+    got.append((random.random(), np.random.rand()))
+    assert got == wanted

@@ -115,7 +115,7 @@ def evaluate(
         label_columns=info.label_columns,
     )  # fmt: skip
     given = group_pattern is not None
-    images = opening(group_pattern=group_pattern) if given else _open_as_noted(run_folder, opening)
+    images = opening(group_pattern=group_pattern or None) if given else _open_as_noted(run_folder, opening)
     images = _take_unseen(images, run_folder)
     warn_about_patients(images, group_pattern, "which makes the intervals too narrow")
     with watching() as watcher:
@@ -141,10 +141,13 @@ def _open_as_noted(run_folder: Path, opening: "Callable[..., ImageSet]") -> "Ima
     """Return the images with the patients that the run's own pattern finds, where it finds one for every image."""
     noted = (run_folder if run_folder.is_dir() else run_folder.parent) / "config.yaml"
     try:
-        pattern = FitConfig.read(noted).group_pattern
-        return opening(group_pattern=pattern)
+        if pattern := FitConfig.read(noted).group_pattern:
+            images = opening(group_pattern=pattern)
+            complain(f"patients are told by the run's own pattern, --group-pattern '{pattern}'; '' for none")
+            return images
     except (ConfigError, DataError):  # it knows no pattern, or other names
-        return opening(group_pattern=None)
+        pass
+    return opening(group_pattern=None)
 
 
 def _describe_judged(info: "ModelInfo", images: "ImageSet") -> dict[str, Any]:

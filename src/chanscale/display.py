@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -229,26 +229,30 @@ def _name_rules(judged: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 def describe_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, paths: int = 0) -> Table:
     """Return a table of these rows; numbers stand to the right of their column.
 
-    The first `paths` columns hold files; where the table would be too wide for the terminal, their names alone.
+    The first `paths` columns hold files; where the table would be too wide for the terminal, as much of their ends as
+    tells them apart.
     """
     table = _to_table(columns, rows)
     if not paths or Measurement.get(out, out.options.update(width=WIDEST), table).maximum <= out.width:
         return table
-    names = [[*map(_without_folders, row[:paths]), *row[paths:]] for row in rows]
-    return _to_table(columns, names, whole=paths)
+    ends = _tell_apart({path for row in rows for path in row[:paths]})
+    return _to_table(columns, [[*(ends[path] for path in row[:paths]), *row[paths:]] for row in rows])
 
 
-def _without_folders(path: str) -> str:
-    name = path.rpartition("/")[2]
-    return path if name == path else f"…/{name}"
+def _tell_apart(paths: Set[str]) -> dict[str, str]:
+    """Return the end of each path, of as many parts as it takes for no two to be alike."""
+    for count in range(1, max((path.count("/") for path in paths), default=0) + 1):
+        ends = {path: "/".join(path.split("/")[-count:]) for path in paths}
+        if len({*ends.values()}) == len(paths):
+            return {path: end if end == path else f"…/{end}" for path, end in ends.items()}
+    return {path: path for path in paths}
 
 
-def _to_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: int = 0) -> Table:
-    """Return a table; the cells of the first columns, as many as `whole`, are not to be folded."""
+def _to_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
         justify: JustifyMethod = "left" if index < 2 else "right"
-        table.add_column(Text(name), overflow="fold", justify=justify, no_wrap=index < whole)
+        table.add_column(Text(name), overflow="fold", justify=justify)
     for row in rows:
         # Not markup: a name may hold brackets, or characters that move the cursor.
         table.add_row(*(Text(without_controls(printable(cell))) for cell in row))

@@ -46,7 +46,9 @@ def require_new(path: Path, suffix: str, *, renewed: Path | None = None) -> None
         raise ConfigError(f"{path} is not called {suffix}, which is what is written; name another --out")
     own = renewed is not None and path.absolute() == renewed.absolute()
     if is_file(path) and path.stat().st_size and not own:
-        require_absent(path)
+        raise ArtifactError(
+            f"{path} exists already; name another --out"
+        )  # it may be anything: no word of removing it
 
 
 @contextmanager

@@ -56,10 +56,11 @@ def leaks(
     1 when there are some, 2 after an error.
     """
     from chanscale.files import require_new
-    from chanscale.leaks.findings import write_groups
+    from chanscale.leaks.findings import require_other_table, write_groups
     from chanscale.leaks.search import find_leaks
 
     if table is not None:
+        require_other_table(data, table)
         require_new(table, ".csv")
     with watching() as watcher:
         found = find_leaks(

@@ -120,8 +120,8 @@ def rebuild_trunk(name: str, head: str | None) -> nn.Module:
     """
     if is_elsewhere(name):
         raise ArtifactError(
-            f"a folder or a hub says what {clip(name)!r} is, and a file may not have one opened; in Python, pass that "
-            "network as `trunk`"
+            f"a folder or a hub says what {clip(name)!r} is, and a file may not have one opened; fit it "
+            "again, which leaves a program beside the model, or pass that network as `trunk` in Python"
         )
     if name in BACKBONES:
         with torch.device("meta"):  # shapes alone: no time or memory for weights that are replaced at once

@@ -27,6 +27,7 @@ from chanscale.schedule import Moment, plan_epochs
 from chanscale.selection import WidthRule
 from chanscale.shrinking import BudgetPenalty
 from chanscale.state import Best, TrainingState, make_optimizer, move_state
+from chanscale.training_mode import generators_given_back
 from chanscale.wording import percent
 
 LITTLE_CHOICE = 3 / 4
@@ -41,6 +42,7 @@ EXCESS = 0.05
 _log = logging.getLogger(__name__)
 
 
+@generators_given_back()
 def fit(
     model: Classifier,
     data: DecodedImages,

@@ -1,7 +1,8 @@
 """Training mode for a network of which nothing but scales and head may change, and what layers draw in it."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def require_same_layers(model: Classifier, example: Tensor) -> None:
     for module in twin.trunk.modules():
         freeze(module)
     pixels = twin.preprocessing(example)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), generators_given_back():
         with in_eval(twin):
             wanted, used = _watch(twin.trunk, pixels)
         train_frozen(twin)
@@ -78,17 +79,24 @@ def repeatable(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
     first: list[Any] = []
 
     def again(x: Tensor) -> Tensor:
-        now = random.getstate(), np.random.get_state()
         if not first:
-            first.append(now)
+            first.append((random.getstate(), np.random.get_state()))
             return compute(x)
-        _set_generators(first[0])
-        try:
+        with generators_given_back():
+            _set_generators(first[0])
             return compute(x)
-        finally:
-            _set_generators(now)
 
     return again
+
+
+@contextmanager
+def generators_given_back() -> Iterator[None]:
+    """Let Python's and NumPy's generators go on afterwards where they were: what they draw next is their user's."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        _set_generators(before)
 
 
 def seed_generators(seed: int) -> None:

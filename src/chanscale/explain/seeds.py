@@ -110,7 +110,7 @@ def _load(file: Path) -> tuple[Classifier, ModelInfo]:
     model, info = load_model(file)
     info.require_pictures("stability")
     if not isinstance(model, Classifier):
-        raise ConfigError(f"{file.parent} holds a network of your own as a program, which hides its channels")
+        raise ConfigError(f"{file.parent} holds its network as a program, which hides the channels")
     return model, info
 
 

@@ -115,10 +115,15 @@ def _label_cells(record: ImageRecord, classes: Sequence[str]) -> list[str]:
 
 def require_paths(images: ImageSet, table: Path) -> None:
     """Check that a table at this place can name the images, and is not where they come from. Raises ConfigError."""
-    if table.resolve() == images.source.resolve():
-        raise ConfigError(f"{table} is the table of the images itself; name another file beside it")
+    require_other_table(images.source, table)
     for record in images.records:
         _path_below(table, record)
+
+
+def require_other_table(source: Path, table: Path) -> None:
+    """Check that a table is not to take the place of that of the images. Raises ConfigError."""
+    if table.resolve() == source.resolve():
+        raise ConfigError(f"{table} is the table of the images itself; name another file beside it")
 
 
 def _judge(images: ImageSet, sides: Sequence[Side | None], pair: Twins) -> Finding:

@@ -144,9 +144,12 @@ def write_command(config: FitConfig, backbone: str, *, plan: CrossPlan | None = 
 
 def name_objects(material: Material) -> list[str]:
     """Return what no command line names, as it was given as an object: the network, the images."""
+    # What a hub describes is kept as a program, but has a name; a folder's is not told.
+    backbone = material.config.backbone
+    named = material.info.rebuilt_by == "name" or (":" in backbone and without_folder(backbone) == backbone)
     # The images of a fold are an object to it, but not to its cross-validation.
     objects = {
-        "network": material.info.rebuilt_by != "name",
+        "network": not named,
         "images": material.plan is None and material.metrics.get("images_from") == "object",
     }
     return [name for name, given in objects.items() if given]
