@@ -35,6 +35,7 @@ from chanscale.export.latency import Timing
 from chanscale.export.onnx_file import describe_graph, export_onnx
 from chanscale.export.quantising import quantise_onnx
 from chanscale.export.runtime import CLASS_MAP, INPUT, PROBABILITIES, open_session, run_session, telling
+from chanscale.onnx_proof import prove_graph
 from chanscale.operating_point import OperatingPoint
 from chanscale.own_images import open_own_images
 from networks import build_classifier, describe, plain_trunk, randomise
@@ -229,6 +230,10 @@ def test_int8_is_calibrated_on_training_images_and_judged_on_the_others(made, tm
     _, splits = open_own_images(data, run / "model.safetensors", load_model(run)[1])
     assert set(read[1]) <= set(splits.train)
     assert len(read[1]) == len(splits.train)
+    with pytest.raises(
+        ArtifactError, match=r"small\.onnx is in int8, whose filters are rounded .*; verify the graph in fp32"
+    ):
+        prove_graph(exported.path, load_model(run)[0])
     trial = exported.int8
     assert trial.images == len(splits.test)
     assert 0.5 < trial.auc_fp32 <= 1

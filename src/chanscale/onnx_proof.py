@@ -108,6 +108,11 @@ def _read_convolutions(path: Path) -> list[_Convolution]:
     except Exception as error:  # whatever reading and parsing raise
         reason = one_line(error)[:200]
         raise ArtifactError(f"{path} is no ONNX graph ({reason}); chanscale export RUN writes one") from error
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        raise ArtifactError(
+            f"{path} is in int8, whose filters are rounded and no slices; verify the graph in fp32, as export "
+            "writes it without --int8"
+        )
     if doubt:
         raise ArtifactError(
             f"{path} could compute with other filters than can be compared: {clip(doubt)}; export it again"
