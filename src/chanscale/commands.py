@@ -139,9 +139,10 @@ def evaluate(
 
 def _open_as_noted(run_folder: Path, opening: "Callable[..., ImageSet]") -> "ImageSet":
     """Return the images with the patients that the run's own pattern finds, where it finds one for every image."""
-    noted = (run_folder if run_folder.is_dir() else run_folder.parent) / "config.yaml"
+    from chanscale.artifact import model_path
+
     try:
-        if pattern := FitConfig.read(noted).group_pattern:
+        if pattern := FitConfig.read(model_path(run_folder).with_name("config.yaml")).group_pattern:
             images = opening(group_pattern=pattern)
             complain(f"patients are told by the run's own pattern, --group-pattern '{pattern}'; '' for none")
             return images
@@ -153,9 +154,9 @@ def _open_as_noted(run_folder: Path, opening: "Callable[..., ImageSet]") -> "Ima
 def _describe_judged(info: "ModelInfo", images: "ImageSet") -> dict[str, Any]:
     """Return what the figures are of: the classes, the positive one and its threshold, and how many patients."""
     positive, threshold = (info.classes[1], 0.5) if info.is_binary else (None, None)
-    patients = len(set(images.group_keys.tolist())) if images.has_groups else None
     return {
-        "classes": list(info.classes), "positive": positive, "threshold": threshold, "patients": patients,
+        "classes": list(info.classes), "positive": positive, "threshold": threshold,
+        "patients": images.count_patients(),
     }  # fmt: skip
 
 
@@ -336,6 +337,7 @@ def require_outside(data: Path, out_folder: Path) -> None:
 
 def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
     """Return the test images, where the source says which they are; warn of those that the run has seen."""
+    from chanscale.artifact import model_path
     from chanscale.data import read_training_names
     from chanscale.data.dicom import name_file
     from chanscale.data.splits import read_training_groups
@@ -344,11 +346,10 @@ def _take_unseen(images: "ImageSet", run_folder: Path) -> "ImageSet":
     if test is not None and len(test) < len(images):
         complain(f"evaluating the {len(test)} of {len(images)} images that {images.source} has as test")
         images = test
-    splits = (run_folder if run_folder.is_dir() else run_folder.parent) / "splits.csv"
-    seen, patients = (
-        read(splits) if splits.exists() else frozenset()
-        for read in (read_training_names, read_training_groups)
-    )
+    splits = model_path(run_folder).with_name("splits.csv")
+    if not splits.exists():
+        return images
+    seen, patients = read_training_names(splits), read_training_groups(splits)
     count = sum(name_file(record.name) in seen for record in images.records)
     if count:
         complain(

@@ -167,8 +167,7 @@ def trunk_cost(model: nn.Module, groups: Iterable[ChannelGroup], example: Tensor
     places = count_positions(model, layers, example)
     # One that is never called costs nothing, unless its weight is used all the same.
     costs = [_cost(name, layer, places[name]) for name, layer in layers.items() if name in places]
-    named = [name for name, module in model.named_modules() if module in heads]
-    loose = loose_weights(model, [*(cost.name for cost in costs), *named], example)
+    loose = loose_weights(model, [*heads, *(layers[cost.name] for cost in costs)], example)
     left_out = model.left_out if isinstance(model, Classifier) else NOTHING
     return TrunkCost(tuple(costs), tuple(groups), left_out, loose)
 

@@ -29,6 +29,21 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written; name another file")
 
 
+def user_folder(variable: str, *below_home: str) -> Path | None:
+    """Return where chanscale keeps what is a user's, which need not exist; None for a user without a home folder.
+
+    It is $CHANSCALE_HOME, or `chanscale` in the folder that `variable` names, or in that folder of the home.
+    """
+    if own := os.environ.get("CHANSCALE_HOME"):
+        return Path(os.path.expanduser(own))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    if folder := os.environ.get(variable):
+        return Path(folder) / "chanscale"
+    try:
+        return Path.home().joinpath(*below_home, "chanscale")
+    except RuntimeError:  # no HOME, and no such user on this machine: as in some containers
+        return None
+
+
 def require_absent(path: Path) -> None:
     """Check that nothing lies at `path`, where a file or a folder is to be made. Raises ArtifactError."""
     if os.path.lexists(path):
@@ -46,9 +61,8 @@ def require_new(path: Path, suffix: str, *, renewed: Path | None = None) -> None
         raise ConfigError(f"{path} is not called {suffix}, which is what is written; name another --out")
     own = renewed is not None and path.absolute() == renewed.absolute()
     if is_file(path) and path.stat().st_size and not own:
-        raise ArtifactError(
-            f"{path} exists already; name another --out"
-        )  # it may be anything: no word of removing it
+        # It may be anything: no word of removing it.
+        raise ArtifactError(f"{path} exists already; name another --out")
 
 
 @contextmanager

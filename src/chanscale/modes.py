@@ -45,3 +45,14 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def calls_noted(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """Give a dict that fills with the modules of `model` that are called meanwhile, by name, as their calls end."""
+    called: dict[str, nn.Module] = {}
+    with hooked(
+        module.register_forward_hook(lambda layer, *_, name=name: called.update({name: layer}))
+        for name, module in model.named_modules()
+    ):
+        yield called

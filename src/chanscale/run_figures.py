@@ -42,8 +42,8 @@ def describe_test(judged: Evaluation | None, images: DecodedImages, splits: Spli
     if judged is None:
         return {"n": 0}
     figures = {name: estimate.to_dict() for name, estimate in judged.estimates.items()}
-    patients = len({images.images.records[index].group for index in splits.test})
-    known = {"patients": patients} if images.images.has_groups else {}
+    patients = images.images.count_patients(splits.test)
+    known = {} if patients is None else {"patients": patients}
     labels = {"labels": judged.describe_labels()} if judged.by_label else {}
     return {**figures, "n": len(judged.labels), **known, **labels}
 

@@ -1,7 +1,7 @@
 """Training mode for a network of which nothing but scales and head may change, and what layers draw in it."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from chanscale.classifier import Classifier
 from chanscale.errors import ModelError, one_line
-from chanscale.modes import hooked, in_eval
+from chanscale.modes import calls_noted, in_eval
 from chanscale.pruning import share
 from chanscale.scaling import freeze
 
@@ -59,16 +59,13 @@ def require_same_layers(model: Classifier, example: Tensor) -> None:
         )
 
 
-def _watch(trunk: nn.Module, pixels: Tensor) -> tuple[Any, dict[str, None]]:
-    """Return what `trunk` makes of `pixels`, and the names of the layers with weights that it called, in order."""
-    called: dict[str, None] = {}
-    handles: Iterable[Any] = [
-        module.register_forward_hook(lambda *_, name=name: called.setdefault(name))
-        for name, module in trunk.named_modules()
-        if name and next(module.parameters(), None) is not None
+def _watch(trunk: nn.Module, pixels: Tensor) -> tuple[Any, list[str]]:
+    """Return what `trunk` makes of `pixels`, and the names of the layers with weights in it that it called."""
+    with calls_noted(trunk) as called:
+        made = trunk(pixels.clone())
+    return made, [
+        name for name, layer in called.items() if name and next(layer.parameters(), None) is not None
     ]
-    with hooked(handles):
-        return trunk(pixels.clone()), called
 
 
 def repeatable(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

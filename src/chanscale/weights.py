@@ -26,7 +26,7 @@ from torch import Tensor
 
 from chanscale.backbones import BACKBONES, Backbone, find_backbone
 from chanscale.errors import DigestError, WeightsError, one_line
-from chanscale.files import exists, is_file
+from chanscale.files import exists, is_file, user_folder
 from chanscale.weight_files import read_tensors
 from chanscale.weight_sources import Progress, Source
 
@@ -95,16 +95,12 @@ def weights_status() -> list[WeightsStatus]:
 
 def cache_folder() -> Path:
     """Return the folder of the cache, which need not exist. Raises WeightsError for a user without a home folder."""
-    if home := os.environ.get("CHANSCALE_HOME"):
-        return Path(os.path.expanduser(home))  # noqa: PTH111 - Path.expanduser raises where there is no such user
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "chanscale"
-    try:
-        return Path.home() / ".cache" / "chanscale"
-    except RuntimeError as error:  # no HOME, and no such user on this machine: as in some containers
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    if folder is None:
         raise WeightsError(
             "this user has no home folder for the cache; set CHANSCALE_HOME to a folder to use in its place"
-        ) from error
+        )
+    return folder
 
 
 def cache_path(name: str) -> Path:

@@ -49,7 +49,8 @@ class Answers:
 
     def count_patients(self) -> dict[str, int]:
         """Return `patients`, how many there are, where any is known."""
-        return {"patients": len(set(self.groups.tolist()))} if self.images.has_groups else {}
+        count = self.images.count_patients()
+        return {} if count is None else {"patients": count}
 
     @property
     def out_of_fold(self) -> Shares:

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from chanscale.errors import ConfigError
+from chanscale.files import user_folder
 
 KEY_VARIABLE = "CHANSCALE_PSEUDONYM_KEY"
 
@@ -45,16 +46,12 @@ def key_path() -> Path:
 
     Raises ConfigError for a user without a home folder.
     """
-    if home := os.environ.get("CHANSCALE_HOME"):
-        return Path(os.path.expanduser(home)) / "pseudonym.key"  # noqa: PTH111 - of no such user, Path's raises
-    if xdg := os.environ.get("XDG_DATA_HOME"):
-        return Path(xdg) / "chanscale" / "pseudonym.key"
-    try:
-        return Path.home() / ".local" / "share" / "chanscale" / "pseudonym.key"
-    except RuntimeError as error:
+    folder = user_folder("XDG_DATA_HOME", ".local", "share")
+    if folder is None:
         raise ConfigError(
             f"this user has no home folder for the key of patients; set CHANSCALE_HOME to a folder, or {KEY_VARIABLE}"
-        ) from error
+        )
+    return folder / "pseudonym.key"
 
 
 def _load_own_key(path: Path) -> bytes:

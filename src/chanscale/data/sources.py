@@ -5,7 +5,7 @@ Nothing is decoded here; unreadable images come to light in `chanscale.data.load
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -131,6 +131,13 @@ class ImageSet:
     def has_groups(self) -> bool:
         """Whether a patient is known for any image."""
         return any(record.has_patient for record in self.records)
+
+    def count_patients(self, indices: Iterable[int] | None = None) -> int | None:
+        """Return how many groups the images have, those at `indices` or all; None where no patient is known."""
+        if not self.has_groups:
+            return None
+        records = self.records if indices is None else (self.records[index] for index in indices)
+        return len({record.group for record in records})
 
     @property
     def group_keys(self) -> NDArray[Any]:

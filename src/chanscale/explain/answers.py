@@ -131,15 +131,14 @@ def answer_image(survey: Survey, index: int, *, top: int, method: Method) -> Ans
 def _apply_rules(survey: Survey, index: int) -> dict[str, Any]:
     """Return what the rules of the model say of one image, by the names that `predict` has for them."""
     info, shares = survey.info, survey.shares[[index]].numpy()
-    said = Predictions(
+    [said] = Predictions(
         ("",),
         info.classes,
         shares,
         operating_point=info.operating_point,
         prediction_sets=info.prediction_sets,
-    )
-    found = {"called_positive": said.called_positive, "prediction_set": said.sets}
-    return {name: values[0] for name, values in found.items() if values is not None}
+    ).to_dicts()
+    return {name: said[name] for name in ("called_positive", "prediction_set") if name in said}
 
 
 def _show(survey: Survey, index: int, subject: Subject, method: Method) -> Evidence:

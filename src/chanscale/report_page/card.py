@@ -45,11 +45,9 @@ def count_sides(material: Material) -> list[Side]:
     images = material.images.images
     sides = []
     for name in SIDES:
-        own = replace(
-            images, records=tuple(images.records[index] for index in getattr(material.splits, name))
-        )
-        patients = len({record.group for record in own.records}) if images.has_groups else None
-        sides.append(Side(name, tuple(own.counts.values()), len(own), patients))
+        side = getattr(material.splits, name)
+        own = replace(images, records=tuple(images.records[index] for index in side))
+        sides.append(Side(name, tuple(own.counts.values()), len(own), images.count_patients(side)))
     return sides
 
 

@@ -12,13 +12,7 @@ from chanscale.comparison.folds import learning_and_test
 from chanscale.config import FitConfig
 from chanscale.data.sources import ImageSet
 from chanscale.data.splits import Splits, split_images
-from chanscale.errors import (
-    BudgetError,
-    DataError,
-    InexactRemovalError,
-    TrainingError,
-    one_line,
-)
+from chanscale.errors import BudgetError, DataError, InexactRemovalError, TrainingError, one_line
 from chanscale.files import read_json, to_json, write_atomically
 from chanscale.pipeline import scale_and_select
 from chanscale.run_figures import describe_resources
